@@ -1,0 +1,172 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The eager road into a step. Walks a group's parameters, their gradients and their state in C++:
+// for thousands of small tensors the loop in Python, and the boxing of its lists, cost several times
+// the arithmetic. Nothing is cached between steps, so tensors may be replaced at any time.
+#include "eager.h"
+
+#include <ATen/SparseTensorImpl.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "checks.h"
+#include "step.h"
+
+namespace py = pybind11;
+
+namespace tiger_ext {
+namespace {
+
+bool plain(const at::Tensor& t) {
+  const auto* impl = t.unsafeGetTensorImpl();
+  return !impl->is_python_dispatch() && !t.is_neg() && !t.is_nested() && !t.is_quantized();
+}
+
+class Step {
+ public:
+  explicit Step(double grad_scale) : grad_scale_(grad_scale) {}
+
+  // Adds the parameters of one group that have a gradient. Returns (without_state, not_native):
+  // positions of parameters whose state must be created first (then nothing was added: call again),
+  // and of those that no native kernel can update.
+  py::tuple add_group(const py::list& params, const py::dict& state, int group, RuleKind kind,
+                      double lr, double beta1, double beta2, double eps, double weight_decay,
+                      bool maximize) {
+    const RuleNames& names = rule_names(kind);
+    PyObject* keys[kMaxStateTensors] = {};
+    for (int k = 0; k < names.states; ++k) keys[k] = interned(names.state_names[k]);
+    py::list without_state, not_native;
+    std::vector<std::pair<DeviceStep*, Update>> found;
+    const int64_t count = PyList_GET_SIZE(params.ptr());
+    found.reserve(count);
+    Update u;
+    u.rule = {kind, lr, beta1, beta2, eps, weight_decay, (maximize ? -1.0 : 1.0) / grad_scale_};
+    u.group = group;
+    int64_t last_step = -1;
+
+    for (int64_t i = 0; i < count; ++i) {
+      PyObject* object = PyList_GET_ITEM(params.ptr(), i);
+      if (!THPVariable_Check(object))
+        throw py::type_error("parameter groups hold tensors, got " +
+                             std::string(Py_TYPE(object)->tp_name));
+      const at::Tensor& param = THPVariable_Unpack(object);
+      const at::Tensor& grad = param.unsafeGetTensorImpl()->grad();
+      if (!grad.defined()) continue;
+      DeviceStep* device = device_step(param);
+      const bool sparse = grad.layout() == at::kSparse;
+      if (!device || !plain(param) || !is_storage_type(param.scalar_type()) || !plain(grad) ||
+          !(sparse || grad.layout() == at::kStrided)) {
+        not_native.append(i);
+        continue;
+      }
+
+      u.position = static_cast<int>(i);
+      PyObject* own = PyDict_GetItemWithError(state.ptr(), object);
+      bool complete = own && PyDict_Check(own);
+      for (int k = 0; k < names.states && complete; ++k)
+        complete = read(own, keys[k], u.states[k]);
+      if (names.counts_steps && complete) complete = read(own, interned("step"), u.step);
+      if (PyErr_Occurred()) throw py::error_already_set();
+      if (!complete) {
+        without_state.append(i);
+        continue;
+      }
+
+      u.param = param;
+      if (sparse) {
+        if (grad.device() != param.device() || grad.sizes() != param.sizes())
+          refuse_shape(u, grad);
+        const auto* impl = static_cast<const at::SparseTensorImpl*>(grad.unsafeGetTensorImpl());
+        u.indices = impl->indices();
+        u.values = impl->values();
+        u.grad = at::Tensor();
+      } else {
+        u.grad = grad;
+      }
+      if (names.counts_steps && u.step.is_cpu() && u.step.scalar_type() == at::kLong) {
+        const int64_t step = *u.step.const_data_ptr<int64_t>() + 1;
+        if (step != last_step) set_bias_corrections(u.rule, step);
+        last_step = step;
+      }
+      found.emplace_back(device, u);
+    }
+    if (py::len(without_state) == 0)
+      for (const auto& [device, update] : found) device->add(update);
+    return py::make_tuple(without_state, not_native);
+  }
+
+  void prepare() {
+    py::gil_scoped_release release;
+    for (const auto& [type, step] : devices_) step->prepare();
+  }
+
+  void apply() {
+    py::gil_scoped_release release;
+    for (const auto& [type, step] : devices_) step->apply();
+  }
+
+ private:
+  DeviceStep* device_step(const at::Tensor& t) {
+    const c10::DeviceType type = t.device().type();
+    if (auto it = devices_.find(type); it != devices_.end()) return it->second.get();
+    const DeviceStepFactory make = device_step_factory(type);
+    return make ? (devices_[type] = make()).get() : nullptr;
+  }
+
+  static PyObject* interned(const char* name) {
+    // Few different names, each from a string literal: the addresses identify them.
+    static auto* names = new std::map<const char*, PyObject*>();
+    PyObject*& object = (*names)[name];
+    if (!object) object = PyUnicode_InternFromString(name);
+    return object;
+  }
+
+  static bool read(PyObject* dict, PyObject* key, at::Tensor& out) {
+    PyObject* value = PyDict_GetItemWithError(dict, key);
+    if (!value || !THPVariable_Check(value)) return false;
+    out = THPVariable_Unpack(value);
+    return true;
+  }
+
+  static void refuse_shape(const Update& u, const at::Tensor& grad) {
+    refuse(u, "the gradient has shape ", grad.sizes(), " on device ", grad.device(),
+           ", the parameter has shape ", u.param.sizes(), " on device ", u.param.device());
+  }
+
+  double grad_scale_;
+  std::map<c10::DeviceType, std::unique_ptr<DeviceStep>> devices_;
+};
+
+}  // namespace
+
+void bind_eager(py::module_& m) {
+  // Arguments: kind of error, group, position, message. tiger_ext.optimizer adds the name.
+  static auto* update_error = new py::object(
+      py::reinterpret_steal<py::object>(PyErr_NewException("tiger_ext._C.UpdateError", nullptr, nullptr)));
+  m.attr("UpdateError") = *update_error;
+  py::register_exception_translator([](std::exception_ptr p) {
+    try {
+      if (p) std::rethrow_exception(p);
+    } catch (const UpdateError& e) {
+      const char* kind = e.kind == UpdateError::Kind::kIndex ? "index" : "runtime";
+      PyErr_SetObject(update_error->ptr(), py::make_tuple(kind, e.group, e.position, e.what()).ptr());
+    }
+  });
+
+  py::enum_<RuleKind>(m, "RuleKind")
+      .value("SIGN_MOMENTUM", RuleKind::kSignMomentum)
+      .value("ADAMW", RuleKind::kAdamW)
+      .value("ADAMW_WITHOUT_MOMENT1", RuleKind::kAdamWWithoutMoment1);
+
+  py::class_<Step>(m, "Step")
+      .def(py::init<double>(), py::arg("grad_scale"))
+      .def("add_group", &Step::add_group)
+      .def("prepare", &Step::prepare)
+      .def("apply", &Step::apply);
+}
+
+}  // namespace tiger_ext

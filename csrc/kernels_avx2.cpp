@@ -1,0 +1,29 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The leaf kernels for AVX2. The target region opens after every other header, so that no inline
+// function shared with other files is compiled for an instruction set they may not have.
+#include "kernels_cpu.h"
+
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+namespace tiger_ext {
+namespace avx2 {
+#include "kernels_cpu.inl"
+}  // namespace avx2
+
+const CpuKernels kernels_avx2 = {"avx2", avx2::dense, avx2::rows, avx2::sum_piece,
+                                 avx2::combine_pieces};
+}  // namespace tiger_ext
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif  // __x86_64__

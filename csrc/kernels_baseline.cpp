@@ -1,0 +1,13 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The leaf kernels for the compiler's default target: SSE2 on x86-64, NEON on aarch64.
+#include "kernels_cpu.h"
+
+namespace tiger_ext {
+namespace baseline {
+#include "kernels_cpu.inl"
+}  // namespace baseline
+
+const CpuKernels kernels_baseline = {"baseline", baseline::dense, baseline::rows,
+                                     baseline::sum_piece, baseline::combine_pieces};
+}  // namespace tiger_ext

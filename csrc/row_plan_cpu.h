@@ -1,0 +1,35 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The row plan: which entries make up which row. All tables of a step share one key space, so that
+// many small tables cost no more than one large one.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "kernels_cpu.h"
+#include "scratch_cpu.h"
+
+namespace tiger_ext {
+
+// The indices of one sparse gradient: index d of entry e is data[d * dim_stride + e * entry_stride].
+struct RowIndices {
+  const int64_t* data = nullptr;
+  int64_t dim_stride = 0;
+  int64_t entry_stride = 0;
+  int64_t sparse_dim = 0;
+  const int64_t* sizes = nullptr;  // of the parameter's first sparse_dim dimensions
+};
+
+struct BadIndex {
+  int64_t item = -1;  // none
+  int64_t entry = 0;
+  int64_t dimension = 0;
+};
+
+// Checks every index and sorts all entries by (table, row, position). Of several bad indices the
+// first is reported, and then `sorted` is not set. Memory: 16 bytes an entry, of `scratch`.
+BadIndex plan_rows(const std::vector<RowsItem>& items, const std::vector<RowIndices>& indices,
+                   Scratch& scratch, SortedEntries& sorted);
+
+}  // namespace tiger_ext

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds the compiled module tiger_ext._C; everything else stands in pyproject.toml."""
+
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).resolve().parent
+
+try:
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension
+except ImportError as error:
+    sys.exit(
+        f"tiger_ext compiles against PyTorch, which cannot be imported here ({error}). Install "
+        "torch >= 2.10 first and build with `pip install --no-build-isolation .`"
+    )
+
+
+def cuda_wanted():
+    """Whether to compile the CUDA kernels: decided by torch and the toolkit, never by a GPU."""
+    choice = os.environ.get("TIGER_EXT_CUDA", "")
+    if choice not in ("", "0", "1"):
+        sys.exit(f"TIGER_EXT_CUDA={choice!r}: expected 1 (force), 0 (forbid) or unset (automatic)")
+    sources = sorted(ROOT.glob("csrc/*.cu"))
+    if not sources or choice == "0":
+        if choice == "1":
+            sys.exit("TIGER_EXT_CUDA=1, but this version of tiger_ext has no CUDA kernels yet")
+        return False
+    missing = None
+    if torch.version.cuda is None:
+        missing = f"torch {torch.__version__} is not a CUDA build"
+    elif CUDA_HOME is None:
+        missing = "no CUDA toolkit was found (set CUDA_HOME)"
+    if missing and choice == "1":
+        sys.exit(f"TIGER_EXT_CUDA=1, but {missing}")
+    if missing and torch.version.cuda:
+        print(f"warning: building for the CPU only: {missing}. CUDA parameters will be updated by "
+              "the slow pure PyTorch reference.", file=sys.stderr)
+    return missing is None
+
+
+compiler = os.environ.get("CXX", "c++").split()[0]
+if "sdist" not in sys.argv and "egg_info" not in sys.argv and shutil.which(compiler) is None:
+    sys.exit(f"tiger_ext needs a C++17 compiler, but {compiler!r} was not found (set CXX)")
+
+version = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.M).group(1)
+sanitize = os.environ.get("TIGER_EXT_SANITIZE")  # for example "address,undefined"
+flags = ["-O3", "-std=c++20", "-fopenmp", "-ffp-contract=off", "-fno-math-errno",
+         "-fno-trapping-math", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
+if sanitize:
+    flags = [f if f != "-O3" else "-O1" for f in flags]
+    flags += [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g"]
+
+setup(
+    ext_modules=[
+        CppExtension(
+            "tiger_ext._C",
+            sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/*.cpp")),
+            extra_compile_args=flags,
+            extra_link_args=["-fopenmp"] + ([f"-fsanitize={sanitize}"] if sanitize else []),
+            define_macros=[("TIGER_EXT_VERSION", f'"{version}"'),
+                           ("TIGER_EXT_BUILT_WITH_TORCH", f'"{torch.__version__}"')],
+        )
+    ],
+    cmdclass={"build_ext": BuildExtension},
+)

@@ -1,0 +1,15 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fast sign-momentum optimizers for PyTorch, safe on sparse embeddings."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from tiger_ext.adamw import AdamW
+from tiger_ext.lion import Lion
+from tiger_ext.tiger import Tiger
+
+__all__ = ["AdamW", "Lion", "Tiger", "__version__"]
+
+try:
+    __version__ = version("tiger-ext")
+except PackageNotFoundError:  # a source tree that was never installed
+    __version__ = "0+source"

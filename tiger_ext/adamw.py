@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AdamW."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from tiger_ext.optimizer import MixedOptimizer
+
+__all__ = ["AdamW"]
+
+
+class AdamW(MixedOptimizer):
+    r"""AdamW with bias correction, for dense and for row-sparse gradients.
+
+    .. math::
+        m_t &= \beta_1 m_{t-1} + (1 - \beta_1) g_t \\
+        v_t &= \beta_2 v_{t-1} + (1 - \beta_2) g_t^2 \\
+        \theta_t &= (1 - \eta\lambda)\,\theta_{t-1}
+            - \eta\,\frac{m_t / (1 - \beta_1^t)}{\sqrt{v_t / (1 - \beta_2^t)} + \epsilon}
+
+    With dense gradients it equals ``torch.optim.AdamW``; with sparse ones and ``weight_decay=0`` it
+    equals ``torch.optim.SparseAdam`` but for the place of epsilon (SparseAdam adds it before the bias
+    correction). Only the rows of a sparse gradient are read and written.
+
+    Args:
+        params: parameters, named parameters, or parameter groups; floating point, any shape.
+        lr: learning rate :math:`\eta`, a number or a 0-dim tensor.
+        betas: ``(beta1, beta2)``. With ``beta1 = 0`` no first moment is stored.
+        eps: added to the denominator.
+        weight_decay: :math:`\lambda`, decoupled: a parameter shrinks by ``lr * weight_decay``.
+        lazy: what happens to untouched rows of sparse gradients; "frozen": nothing.
+        rows: how touched rows are found for strided gradients; None: the update is dense.
+        nonfinite: what a NaN or Inf gradient does; "propagate": it reaches the parameter.
+        shrink_ratio: factor of ``nonfinite="shrink"``.
+        momentum_dtype: storage of the first moment; None: the parameter's dtype; or float32, bfloat16,
+            float16. The second moment takes the wider of this and the parameter's dtype.
+        stochastic_rounding: False.
+        maximize: ascend instead of descend.
+        capturable: has no effect on CPU parameters.
+        fused: None: native kernels where they exist; True: native, or RuntimeError; False: the
+            PyTorch reference.
+
+    State: ``exp_avg``, ``exp_avg_sq`` (the parameter's shape) and ``step`` (0-dim int64, on the CPU).
+
+    Raises:
+        ValueError: an option has an illegal value (the message names argument, value, legal range).
+        TypeError: a parameter group has an unknown key or another algorithm's option.
+
+    Source: Loshchilov & Hutter 2019, "Decoupled Weight Decay Regularization", arXiv 1711.05101.
+    """
+
+    _algorithm = "adamw"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        lazy: str = "frozen",
+        rows: str | None = None,
+        nonfinite: str = "propagate",
+        shrink_ratio: float = 0.99,
+        momentum_dtype: torch.dtype | None = None,
+        stochastic_rounding: bool = False,
+        maximize: bool = False,
+        capturable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        """See the class."""
+        super().__init__(
+            params,
+            dict(
+                lr=lr,
+                betas=betas,
+                eps=eps,
+                weight_decay=weight_decay,
+                lazy=lazy,
+                rows=rows,
+                nonfinite=nonfinite,
+                shrink_ratio=shrink_ratio,
+                momentum_dtype=momentum_dtype,
+                stochastic_rounding=stochastic_rounding,
+                maximize=maximize,
+                capturable=capturable,
+                fused=fused,
+            ),
+        )

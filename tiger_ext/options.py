@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The algorithms, their options, and what each option may be.
+
+One table per algorithm gives the defaults; one table of checks says what is legal. Constructors,
+``add_param_group`` and error messages all read these tables.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_SHARED: dict[str, Any] = {
+    "lazy": "frozen",
+    "rows": None,
+    "nonfinite": "propagate",
+    "shrink_ratio": 0.99,
+    "momentum_dtype": None,
+    "stochastic_rounding": False,
+    "maximize": False,
+    "capturable": False,
+    "fused": None,
+}
+_SIGN: dict[str, Any] = {
+    "scale": None,
+    "rms_floor": 1e-3,
+    "direction": "sign",
+    "direction_scale": None,
+}
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """An update rule and the options that its parameter groups have, with their defaults.
+
+    ``beta_count`` is the length of ``betas``.
+    """
+
+    name: str
+    beta_count: int
+    defaults: Mapping[str, Any]
+
+
+ALGORITHMS: dict[str, Algorithm] = {
+    "tiger": Algorithm(
+        "tiger",
+        1,
+        {
+            "lr": 1e-3,
+            "betas": (0.965,),
+            "weight_decay": 0.01,
+            "accumulation_steps": 1,
+            **_SIGN,
+            **_SHARED,
+        },
+    ),
+    "lion": Algorithm(
+        "lion",
+        2,
+        {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.0, **_SIGN, **_SHARED},
+    ),
+    "adamw": Algorithm(
+        "adamw",
+        2,
+        {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, **_SHARED},
+    ),
+}
+
+# Keys of a parameter group that are no hyperparameters: torch's own, what LR schedulers write, and
+# the target of nonfinite="shrink".
+_OTHER_KEYS = frozenset(
+    {
+        "params",
+        "param_names",
+        "algorithm",
+        "shrink_to",
+        "initial_lr",
+        "swa_lr",
+        "max_lr",
+        "min_lr",
+        "max_momentum",
+        "base_momentum",
+    }
+)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _finite_at_least_zero(value: Any) -> bool:
+    return _number(value) and 0.0 <= value < math.inf
+
+
+def _learning_rate(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        # A value on another device is not read: that would synchronise.
+        return value.dim() == 0 and (
+            value.device.type != "cpu" or _finite_at_least_zero(value.item())
+        )
+    return _finite_at_least_zero(value)
+
+
+def _flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _beta(value: Any) -> bool:
+    return _number(value) and 0.0 <= value < 1.0
+
+
+# name -> (is it legal?, what is legal)
+_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "lr": (_learning_rate, "a finite number >= 0 or a 0-dim tensor holding one"),
+    "weight_decay": (_finite_at_least_zero, "a finite number >= 0"),
+    "eps": (_finite_at_least_zero, "a finite number >= 0"),
+    "rms_floor": (_finite_at_least_zero, "a finite number >= 0"),
+    "shrink_ratio": (lambda v: _number(v) and 0.0 <= v <= 1.0, "a number in [0, 1]"),
+    "shrink_to": (lambda v: _number(v) and math.isfinite(v), "a finite number"),
+    "momentum_dtype": (
+        lambda v: v in (None, torch.float32, torch.bfloat16, torch.float16),
+        "None, torch.float32, torch.bfloat16 or torch.float16",
+    ),
+    "maximize": (_flag, "True or False"),
+    "capturable": (_flag, "True or False"),
+    "fused": (lambda v: v is None or _flag(v), "None, True or False"),
+    "direction_scale": (
+        lambda v: v is None or (_number(v) and 0.0 < v < math.inf),
+        "None or a finite number > 0",
+    ),
+}
+
+# Options whose other values come with later versions: the only value that works now, and all that
+# will.
+_NOT_YET: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "lazy": ("frozen", ("decay", "exact")),
+    "rows": (None, ("nonzero", "tracked")),
+    "scale": (None, ("rms", "rms_rows")),
+    "direction": ("sign", ("clip", "power", "atan")),
+    "nonfinite": ("propagate", ("skip", "shrink", "raise")),
+    "accumulation_steps": (1, ()),
+    "stochastic_rounding": (False, (True,)),
+    "momentum_dtype": (None, (torch.int8,)),
+}
+
+
+def _is_planned(name: str, value: Any) -> bool:
+    if name == "accumulation_steps":
+        return isinstance(value, int) and not isinstance(value, bool) and value > 1
+    return any(value is later or value == later for later in _NOT_YET[name][1])
+
+
+def check_option(name: str, value: Any, algorithm: Algorithm) -> None:
+    """Raise ValueError unless ``value`` is legal for the option ``name`` of ``algorithm``."""
+    if name == "betas":
+        count = algorithm.beta_count
+        if not (
+            isinstance(value, (tuple, list)) and len(value) == count and all(map(_beta, value))
+        ):
+            numbers = "1 number" if count == 1 else f"{count} numbers"
+            raise ValueError(
+                f"betas={value!r}: {algorithm.name} expects a tuple of {numbers} in [0, 1)"
+            )
+        return
+    if name in _NOT_YET:
+        only = _NOT_YET[name][0]
+        if _is_planned(name, value):
+            raise ValueError(
+                f"{name}={value!r} is planned but does not exist in this version of tiger_ext; "
+                f"use {name}={only!r}"
+            )
+        if name not in _CHECKS:
+            if type(value) is not type(only) or value != only:
+                raise ValueError(f"{name}={value!r}: expected {only!r}")
+            return
+    legal, expected = _CHECKS[name]
+    if not legal(value):
+        raise ValueError(f"{name}={value!r}: expected {expected}")
+
+
+def algorithm_of(name: Any) -> Algorithm:
+    """Return the algorithm called ``name``; ValueError for any other value."""
+    if not isinstance(name, str) or name not in ALGORITHMS:
+        raise ValueError(f"algorithm={name!r}: expected one of {', '.join(map(repr, ALGORITHMS))}")
+    return ALGORITHMS[name]
+
+
+def complete_group(
+    group: Mapping[str, Any], class_defaults: Mapping[str, Any], default: str
+) -> dict[str, Any]:
+    """Return a checked copy of a parameter group with every option of its algorithm filled in.
+
+    An omitted option takes the optimizer's own value where the group uses the optimizer's algorithm,
+    else the group algorithm's default.
+
+    Raises:
+        ValueError: an option has an illegal value.
+        TypeError: a key is unknown, or belongs to other algorithms only.
+    """
+    algorithm = algorithm_of(group.get("algorithm", default))
+    for key in group:
+        if key in algorithm.defaults or key in _OTHER_KEYS:
+            continue
+        owners = [a.name for a in ALGORITHMS.values() if key in a.defaults]
+        if owners:
+            raise TypeError(
+                f"{algorithm.name} has no option {key!r} (only {', '.join(owners)} has it)"
+            )
+        raise TypeError(f"unknown key {key!r} in a parameter group of {algorithm.name}")
+    defaults = class_defaults if algorithm.name == default else algorithm.defaults
+    complete = dict(group)
+    complete["algorithm"] = algorithm.name
+    for name, value in algorithm.defaults.items():
+        complete.setdefault(name, defaults.get(name, value))
+        check_option(name, complete[name], algorithm)
+    if "shrink_to" in complete:
+        check_option("shrink_to", complete["shrink_to"], algorithm)
+    return complete

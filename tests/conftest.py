@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("tests", derandomize=True, deadline=None, database=None)
+settings.load_profile("tests")
+torch.sparse.check_sparse_tensor_invariants.disable()
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers_and_threads():
+    torch.manual_seed(20240607)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def run_python():
+    """Run a program in a fresh interpreter that can import the package and the tests' modules."""
+
+    def run(program: str, *, check: bool = True, **environment: str):
+        here = Path(__file__).resolve().parent
+        path = os.pathsep.join(filter(None, [*sys.path[:0], os.environ.get("PYTHONPATH")]))
+        env = {k: v for k, v in os.environ.items() if not k.startswith("TIGER_EXT_")}
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(here), str(here.parent), path]))
+        result = subprocess.run(
+            [sys.executable, "-c", program],
+            env={**env, **environment},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        if check:
+            assert result.returncode == 0, result.stderr
+        return result
+
+    return run

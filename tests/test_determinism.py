@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+
+import pytest
+import torch
+from cases import RULES
+from workload import outcome
+
+from tiger_ext import _C
+
+OUTCOME = "import json, workload; print(json.dumps(workload.outcome()))"
+ISA = "from tiger_ext import _C; print(_C.cpu_isa())"
+ISAS = ("baseline", "avx2", "avx512")
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    result = outcome()
+    torch.set_num_threads(threads)
+    return result
+
+
+def test_the_workload_tells_the_rules_apart(one_thread):
+    assert len(set(one_thread.values())) == len(RULES)
+
+
+def test_repeated_runs(one_thread):
+    torch.set_num_threads(1)
+    assert outcome() == one_thread
+
+
+@pytest.mark.parametrize("threads", [2, 3, 4])
+def test_numbers_of_threads(one_thread, threads):
+    torch.set_num_threads(threads)
+    for _ in range(2):
+        assert outcome() == one_thread
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_instruction_sets(one_thread, run_python, isa):
+    found = run_python(ISA, check=False, TIGER_EXT_CPU_ISA=isa)
+    if found.returncode != 0 and isa != "baseline":
+        assert "RuntimeError" in found.stderr and "is not available here" in found.stderr
+        pytest.skip(f"this processor has no {isa}")
+    assert found.stdout.strip() == isa
+    result = run_python(OUTCOME, TIGER_EXT_CPU_ISA=isa)
+    assert json.loads(result.stdout) == one_thread
+
+
+def test_best_instruction_set_is_the_default():
+    flags = torch.backends.cpu.get_cpu_capability()
+    expected = {"AVX512": "avx512", "AVX2": "avx2"}
+    if flags in expected:
+        assert _C.cpu_isa() == expected[flags]
+    assert _C.cpu_isa() in ISAS
+
+
+def test_unknown_instruction_set_is_refused(run_python):
+    found = run_python(ISA, check=False, TIGER_EXT_CPU_ISA="sse9")
+    assert found.returncode == 1
+    assert "RuntimeError: TIGER_EXT_CPU_ISA=sse9" in found.stderr
+    assert "baseline" in found.stderr
+
+
+def test_unavailable_instruction_set_fails_before_the_first_write(run_python):
+    run_python(
+        """
+import torch, tiger_ext
+p = torch.nn.Parameter(torch.ones(5))
+q = torch.nn.Parameter(torch.ones(5, 2))
+opt = tiger_ext.AdamW([p, q])
+p.grad = torch.ones(5)
+q.grad = torch.sparse_coo_tensor([[1]], torch.ones(1, 2), (5, 2))
+try:
+    opt.step()
+except RuntimeError as error:
+    assert "TIGER_EXT_CPU_ISA=sse9" in str(error)
+else:
+    raise SystemExit("accepted")
+assert torch.equal(p, torch.ones(5)) and torch.equal(q, torch.ones(5, 2))
+assert not opt.state
+""",
+        TIGER_EXT_CPU_ISA="sse9",
+    )

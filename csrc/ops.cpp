@@ -14,6 +14,7 @@
 
 #include "checks.h"
 #include "eager.h"
+#include "huge_pages.h"
 #include "kernels_cpu.h"
 #include "step.h"
 
@@ -167,6 +168,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     info["cuda"] = false;
     return info;
   });
+  m.def(
+      "advise_huge_pages",
+      [](uintptr_t data, size_t bytes, bool present) {
+        pybind11::gil_scoped_release release;
+        advise_huge_pages(reinterpret_cast<void*>(data), bytes, present);
+      },
+      pybind11::arg("data"), pybind11::arg("bytes"), pybind11::arg("present"));
   m.def("cpu_isa", [] { return cpu_kernels().name; });
 }
 

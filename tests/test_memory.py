@@ -82,14 +82,3 @@ def test_a_step_costs_by_entries_not_by_rows():
     # A single byte per row would be 10 MB; one pass over the table takes tens of milliseconds.
     assert resident() - before < 4 * MIB
     assert min(times) < 5e-3
-
-
-def test_state_of_a_table_is_created_without_touching_it():
-    # Zeroed pages of a large table come lazily from the system: the first step stays small too.
-    rows = 10_000_000
-    table = Parameter(torch.zeros(rows, 4))
-    opt = Tiger([table])
-    table.grad = sparse(rows, 4, 10)
-    before = resident()
-    opt.step()
-    assert resident() - before < 20 * MIB

@@ -27,33 +27,35 @@ def outcome() -> dict[str, str]:
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
+    values, grads = [], []
+    for k, (dtype, grad) in enumerate(itertools.product(FLOATS.values(), FLOATS.values())):
+        dense = normal(15_001 + k).to(dtype)
+        small = normal(7, 5).to(dtype)
+        table = normal(3000, 17 + k).to(dtype)
+        transposed = normal(9, 200).to(dtype).T
+        values += [dense, small, table, transposed]
+        grads += [
+            normal(15_001 + k).to(grad),
+            normal(7, 5).to(grad),
+            _sparse(generator, table, 6000, grad),
+            _sparse(generator, transposed, 700, grad),
+        ]
+    wide = normal(40, 1100)
+    values.append(wide)
+    grads.append(_sparse(generator, wide, 2000, torch.float32))
+
     digests = {}
     for rule in RULES:
-        params, grads = [], []
-        for k, (dtype, grad) in enumerate(itertools.product(FLOATS.values(), FLOATS.values())):
-            dense = Parameter(normal(45_001 + k).to(dtype))
-            small = Parameter(normal(7, 5).to(dtype))
-            table = Parameter(normal(3000, 24 + k).to(dtype))
-            transposed = Parameter(normal(9, 200).to(dtype).T)
-            params += [dense, small, table, transposed]
-            grads += [
-                normal(45_001 + k).to(grad),
-                normal(7, 5).to(grad),
-                _sparse(generator, table, 9000, grad),
-                _sparse(generator, transposed, 700, grad),
-            ]
-        wide = Parameter(normal(40, 1100))
-        params.append(wide)
-        grads.append(_sparse(generator, wide, 4000, torch.float32))
+        params = [Parameter(v.clone()) for v in values]
         opt = rule(
             [
                 {"params": params[::2]},
                 {"params": params[1::2], "momentum_dtype": torch.bfloat16, "maximize": True},
             ]
         )
-        for step in range(2):
-            for p, grad in zip(params, grads):
-                set_grad(p, grad if step == 0 else grad * 0.37)
+        for p, grad in zip(params, grads):
+            set_grad(p, grad)
+        for _ in range(2):
             opt.step()
         digest = hashlib.sha256()
         for p in params:

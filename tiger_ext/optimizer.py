@@ -288,8 +288,16 @@ class MixedOptimizer(torch.optim.Optimizer):
         state = self.state[p]
         momentum_dtype = group["momentum_dtype"] or p.dtype
 
+        large_table = _is_large_table(p)
+
         def zeros(dtype: torch.dtype) -> Tensor:
-            return torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+            tensor = torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format)
+            if large_table:
+                _advise_huge_pages(tensor, present=False)
+            return tensor.zero_()
+
+        if large_table and not state:
+            _advise_huge_pages(p, present=True)
 
         if group["algorithm"] != "adamw" or group["betas"][0] > 0:
             state.setdefault("exp_avg", None)
@@ -359,6 +367,27 @@ class MixedOptimizer(torch.optim.Optimizer):
             algorithm = algorithm_of(group.setdefault("algorithm", self._algorithm))
             for name, value in algorithm.defaults.items():
                 group.setdefault(name, value)
+
+
+# Below this size a table's page table fits the caches.
+_LARGE_TABLE_BYTES = 32 << 20
+
+
+def _is_large_table(p: Tensor) -> bool:
+    """Return whether rows of ``p`` will be visited at random in memory of our own."""
+    return (
+        _native.C is not None
+        and p.device.type == "cpu"
+        and p.grad is not None
+        and p.grad.layout == torch.sparse_coo
+        and p.nbytes >= _LARGE_TABLE_BYTES
+        and not p.is_shared()
+    )
+
+
+def _advise_huge_pages(tensor: Tensor, *, present: bool) -> None:
+    storage = tensor.untyped_storage()
+    _native.C.advise_huge_pages(storage.data_ptr(), storage.nbytes(), present)  # type: ignore[union-attr]
 
 
 @torch.compiler.disable

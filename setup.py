@@ -21,6 +21,10 @@ except ImportError as error:
     )
 
 
+if tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 10):
+    sys.exit(f"tiger_ext needs torch >= 2.10, found {torch.__version__}")
+
+
 def cuda_wanted():
     """Whether to compile the CUDA kernels: decided by torch and the toolkit, never by a GPU."""
     choice = os.environ.get("TIGER_EXT_CUDA", "")
@@ -39,22 +43,40 @@ def cuda_wanted():
     if missing and choice == "1":
         sys.exit(f"TIGER_EXT_CUDA=1, but {missing}")
     if missing and torch.version.cuda:
-        print(f"warning: building for the CPU only: {missing}. CUDA parameters will be updated by "
-              "the slow pure PyTorch reference.", file=sys.stderr)
+        print(
+            f"warning: building for the CPU only: {missing}. CUDA parameters will be updated by "
+            "the slow pure PyTorch reference.",
+            file=sys.stderr,
+        )
     return missing is None
 
 
 compiler = os.environ.get("CXX", "c++").split()[0]
 if "sdist" not in sys.argv and "egg_info" not in sys.argv and shutil.which(compiler) is None:
-    sys.exit(f"tiger_ext needs a C++17 compiler, but {compiler!r} was not found (set CXX)")
+    sys.exit(f"tiger_ext needs a C++20 compiler, but {compiler!r} was not found (set CXX)")
 
 version = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.M).group(1)
 sanitize = os.environ.get("TIGER_EXT_SANITIZE")  # for example "address,undefined"
-flags = ["-O3", "-std=c++20", "-fopenmp", "-ffp-contract=off", "-fno-math-errno",
-         "-fno-trapping-math", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
+flags = [
+    "-O3",
+    "-std=c++20",
+    "-fopenmp",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unused-parameter",
+]
 if sanitize:
     flags = [f if f != "-O3" else "-O1" for f in flags]
-    flags += [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g"]
+    flags += [
+        f"-fsanitize={sanitize}",
+        "-fno-sanitize-recover=all",
+        "-fno-omit-frame-pointer",
+        "-g",
+    ]
 
 setup(
     ext_modules=[
@@ -63,8 +85,10 @@ setup(
             sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/*.cpp")),
             extra_compile_args=flags,
             extra_link_args=["-fopenmp"] + ([f"-fsanitize={sanitize}"] if sanitize else []),
-            define_macros=[("TIGER_EXT_VERSION", f'"{version}"'),
-                           ("TIGER_EXT_BUILT_WITH_TORCH", f'"{torch.__version__}"')],
+            define_macros=[
+                ("TIGER_EXT_VERSION", f'"{version}"'),
+                ("TIGER_EXT_BUILT_WITH_TORCH", f'"{torch.__version__}"'),
+            ],
         )
     ],
     cmdclass={"build_ext": BuildExtension},

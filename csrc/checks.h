@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Every argument check of a parameter's update, shared by all devices. Messages say what was got and
-// what was expected; the caller puts the parameter's name in front.
+// Every argument check of a parameter's update, shared by all devices. Messages say what was got
+// and what was expected; the caller puts the parameter's name in front.
 #pragma once
 
 #include <ATen/MemoryOverlap.h>
@@ -24,10 +24,14 @@ inline bool is_storage_type(at::ScalarType t) {
 
 inline Storage storage_of(const Update& u, const at::Tensor& t, const char* what) {
   switch (t.scalar_type()) {
-    case at::kFloat: return Storage::kFloat32;
-    case at::kDouble: return Storage::kFloat64;
-    case at::kBFloat16: return Storage::kBFloat16;
-    case at::kHalf: return Storage::kFloat16;
+    case at::kFloat:
+      return Storage::kFloat32;
+    case at::kDouble:
+      return Storage::kFloat64;
+    case at::kBFloat16:
+      return Storage::kBFloat16;
+    case at::kHalf:
+      return Storage::kFloat16;
     default:
       refuse(u, what, " has dtype ", t.scalar_type(),
              ", expected one of float32, float64, bfloat16, float16");
@@ -60,15 +64,16 @@ inline void check_update(const Update& u) {
     if (at::has_internal_overlap(state) == at::MemOverlap::Yes)
       refuse(u, "the state ", rule.state_names[k], " has several elements in the same memory");
   }
-  if (rule.counts_steps &&
-      !(u.step.defined() && u.step.scalar_type() == at::kLong && u.step.numel() == 1 && u.step.is_cpu()))
+  if (rule.counts_steps && !(u.step.defined() && u.step.scalar_type() == at::kLong &&
+                             u.step.numel() == 1 && u.step.is_cpu()))
     refuse(u, "the state step must be one int64 element on the CPU");
 
   if (u.grad.defined()) {
     check_device(u, u.grad, "the gradient");
     storage_of(u, u.grad, "the gradient");
     if (u.grad.sizes() != param.sizes())
-      refuse(u, "the gradient has shape ", u.grad.sizes(), ", the parameter has shape ", param.sizes());
+      refuse(u, "the gradient has shape ", u.grad.sizes(), ", the parameter has shape ",
+             param.sizes());
     return;
   }
   check_device(u, u.indices, "the gradient's indices tensor");

@@ -4,6 +4,7 @@
 // and runs the roads.
 #include <ATen/Functions.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/core/grad_mode.h>
 
 #include <deque>
 #include <memory>
@@ -49,6 +50,7 @@ class CpuStep final : public DeviceStep {
   }
 
   void apply() override {
+    const at::NoGradGuard no_grad;
     if (!dense_.empty()) update_dense(dense_);
     if (!rows_.empty()) update_rows(rows_, sorted_, scratch_);
     for (const auto& [target, source] : copy_back_) target.copy_(source);
@@ -114,11 +116,13 @@ class CpuStep final : public DeviceStep {
     if (!values.is_contiguous() && row_layout(values, 1).inner) values = values.contiguous();
     kept_.push_back(values);
     kept_.push_back(u.indices);
-    item.values = {const_cast<void*>(values.const_data_ptr()), storage_of(u, values, "the gradient")};
+    item.values = {const_cast<void*>(values.const_data_ptr()),
+                   storage_of(u, values, "the gradient")};
     item.value_stride = values.stride(0);
     rows_.push_back(item);
-    indices_.push_back({u.indices.const_data_ptr<int64_t>(), u.indices.stride(0), u.indices.stride(1),
-                        sparse_dim, numbers(u.param.sizes().slice(0, sparse_dim))});
+    indices_.push_back({u.indices.const_data_ptr<int64_t>(), u.indices.stride(0),
+                        u.indices.stride(1), sparse_dim,
+                        numbers(u.param.sizes().slice(0, sparse_dim))});
     row_updates_.push_back({});  // for messages only: no tensors
     row_updates_.back().group = u.group;
     row_updates_.back().position = u.position;

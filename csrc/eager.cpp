@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The eager road into a step. Walks a group's parameters, their gradients and their state in C++:
-// for thousands of small tensors the loop in Python, and the boxing of its lists, cost several times
-// the arithmetic. Nothing is cached between steps, so tensors may be replaced at any time.
+// for thousands of small tensors the loop in Python, and the boxing of its lists, cost several
+// times the arithmetic. Nothing is cached between steps, so tensors may be replaced at any time.
 #include "eager.h"
 
 #include <ATen/SparseTensorImpl.h>
@@ -67,8 +67,7 @@ class Step {
       u.position = static_cast<int>(i);
       PyObject* own = PyDict_GetItemWithError(state.ptr(), object);
       bool complete = own && PyDict_Check(own);
-      for (int k = 0; k < names.states && complete; ++k)
-        complete = read(own, keys[k], u.states[k]);
+      for (int k = 0; k < names.states && complete; ++k) complete = read(own, keys[k], u.states[k]);
       if (names.counts_steps && complete) complete = read(own, interned("step"), u.step);
       if (PyErr_Occurred()) throw py::error_already_set();
       if (!complete) {
@@ -78,8 +77,7 @@ class Step {
 
       u.param = param;
       if (sparse) {
-        if (grad.device() != param.device() || grad.sizes() != param.sizes())
-          refuse_shape(u, grad);
+        if (grad.device() != param.device() || grad.sizes() != param.sizes()) refuse_shape(u, grad);
         const auto* impl = static_cast<const at::SparseTensorImpl*>(grad.unsafeGetTensorImpl());
         u.indices = impl->indices();
         u.values = impl->values();
@@ -145,15 +143,16 @@ class Step {
 
 void bind_eager(py::module_& m) {
   // Arguments: kind of error, group, position, message. tiger_ext.optimizer adds the name.
-  static auto* update_error = new py::object(
-      py::reinterpret_steal<py::object>(PyErr_NewException("tiger_ext._C.UpdateError", nullptr, nullptr)));
+  static auto* update_error = new py::object(py::reinterpret_steal<py::object>(
+      PyErr_NewException("tiger_ext._C.UpdateError", nullptr, nullptr)));
   m.attr("UpdateError") = *update_error;
   py::register_exception_translator([](std::exception_ptr p) {
     try {
       if (p) std::rethrow_exception(p);
     } catch (const UpdateError& e) {
       const char* kind = e.kind == UpdateError::Kind::kIndex ? "index" : "runtime";
-      PyErr_SetObject(update_error->ptr(), py::make_tuple(kind, e.group, e.position, e.what()).ptr());
+      PyErr_SetObject(update_error->ptr(),
+                      py::make_tuple(kind, e.group, e.position, e.what()).ptr());
     }
   });
 

@@ -6,7 +6,9 @@
 
 #if defined(__x86_64__)
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
+#pragma clang attribute push(                                                    \
+    __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl"))), \
+    apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
@@ -18,7 +20,7 @@ namespace avx512 {
 }  // namespace avx512
 
 const CpuKernels kernels_avx512 = {"avx512", avx512::dense, avx512::rows, avx512::sum_piece,
-                                 avx512::combine_pieces};
+                                   avx512::combine_pieces};
 }  // namespace tiger_ext
 
 #if defined(__clang__)

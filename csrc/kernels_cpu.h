@@ -33,11 +33,11 @@ struct DenseItem {
 
 // Where the vector of row r lies, in elements from the start of the tensor.
 struct RowLayout {
-  int64_t row_stride = 0;           // offset = r * row_stride, when dims == 0
-  int64_t dims = 0;                 // else r is unravelled over sizes[dims]
+  int64_t row_stride = 0;  // offset = r * row_stride, when dims == 0
+  int64_t dims = 0;        // else r is unravelled over sizes[dims]
   const int64_t* sizes = nullptr;
   const int64_t* strides = nullptr;
-  const int64_t* inner = nullptr;   // offset of each element of the vector; null: contiguous
+  const int64_t* inner = nullptr;  // offset of each element of the vector; null: contiguous
 
   int64_t offset(int64_t row) const {
     if (dims == 0) return row * row_stride;
@@ -56,7 +56,7 @@ struct RowsItem {
   RuleParams rule;
   Stream param;
   Stream states[kMaxStates];
-  Stream values;                 // entry e starts at e * value_stride, contiguous from there
+  Stream values;  // entry e starts at e * value_stride, contiguous from there
   RowLayout param_layout;
   RowLayout state_layouts[kMaxStates];
   int64_t value_stride = 0;
@@ -100,7 +100,8 @@ struct CpuKernels {
   // The sum of at most kPiece entries [begin, end) of one row, left to right, into out[dim].
   void (*sum_piece)(const RowsItem& item, const SortedEntries& sorted, int64_t begin, int64_t end,
                     void* out);
-  // Adds the vectors pieces[1], pieces[2], ... pieces[count - 1], each [dim], to pieces[0] in order.
+  // Adds the vectors pieces[1], pieces[2], ... pieces[count - 1], each [dim], to pieces[0] in
+  // order.
   void (*combine_pieces)(const RowsItem& item, void* pieces, int64_t count);
 };
 

@@ -43,20 +43,28 @@ void store_as(void* data, int64_t offset, const int64_t* index, int64_t n, const
 template <typename T>
 void load(const Stream& s, int64_t offset, const int64_t* index, int64_t n, T* out) {
   switch (s.storage) {
-    case Storage::kFloat32: return load_as<T, float>(s.data, offset, index, n, out);
-    case Storage::kFloat64: return load_as<T, double>(s.data, offset, index, n, out);
-    case Storage::kBFloat16: return load_as<T, BFloat16>(s.data, offset, index, n, out);
-    case Storage::kFloat16: return load_as<T, Float16>(s.data, offset, index, n, out);
+    case Storage::kFloat32:
+      return load_as<T, float>(s.data, offset, index, n, out);
+    case Storage::kFloat64:
+      return load_as<T, double>(s.data, offset, index, n, out);
+    case Storage::kBFloat16:
+      return load_as<T, BFloat16>(s.data, offset, index, n, out);
+    case Storage::kFloat16:
+      return load_as<T, Float16>(s.data, offset, index, n, out);
   }
 }
 
 template <typename T>
 void store(const Stream& s, int64_t offset, const int64_t* index, int64_t n, const T* in) {
   switch (s.storage) {
-    case Storage::kFloat32: return store_as<T, float>(s.data, offset, index, n, in);
-    case Storage::kFloat64: return store_as<T, double>(s.data, offset, index, n, in);
-    case Storage::kBFloat16: return store_as<T, BFloat16>(s.data, offset, index, n, in);
-    case Storage::kFloat16: return store_as<T, Float16>(s.data, offset, index, n, in);
+    case Storage::kFloat32:
+      return store_as<T, float>(s.data, offset, index, n, in);
+    case Storage::kFloat64:
+      return store_as<T, double>(s.data, offset, index, n, in);
+    case Storage::kBFloat16:
+      return store_as<T, BFloat16>(s.data, offset, index, n, in);
+    case Storage::kFloat16:
+      return store_as<T, Float16>(s.data, offset, index, n, in);
   }
 }
 
@@ -110,7 +118,8 @@ void dense_span(const DenseItem& item, int64_t begin, int64_t end) {
   const Rule rule(item.rule);
   if (updates_in_place<T>(item, Rule::kStates) && is_native<T>(item.grad)) {
     T* states[kMaxStates];
-    for (int k = 0; k < Rule::kStates; ++k) states[k] = static_cast<T*>(item.states[k].data) + begin;
+    for (int k = 0; k < Rule::kStates; ++k)
+      states[k] = static_cast<T*>(item.states[k].data) + begin;
     apply(rule, static_cast<const T*>(item.grad.data) + begin,
           static_cast<T*>(item.param.data) + begin, states, end - begin);
     return;
@@ -132,7 +141,8 @@ void dense_span(const DenseItem& item, int64_t begin, int64_t end) {
 TIGER_EXT_INLINE void prefetch_bytes(const void* start, int64_t bytes) {
   const uintptr_t begin = reinterpret_cast<uintptr_t>(start);
   const uintptr_t mask = ~static_cast<uintptr_t>(kCacheLine - 1);
-  for (uintptr_t line = begin & mask; line < begin + static_cast<uintptr_t>(bytes); line += kCacheLine)
+  for (uintptr_t line = begin & mask; line < begin + static_cast<uintptr_t>(bytes);
+       line += kCacheLine)
     __builtin_prefetch(reinterpret_cast<const void*>(line), 0, 2);
 }
 
@@ -154,7 +164,8 @@ TIGER_EXT_INLINE void sum_columns(const T* values, int64_t stride, const SortedE
   for (int w = 0; w < kWidth; ++w) out[w] = sum[w];
 }
 
-// The sum of entries [begin, end), at most kPiece of them, columns [column, column + n), n <= kBlock.
+// The sum of entries [begin, end), at most kPiece of them, columns [column, column + n), n <=
+// kBlock.
 template <typename T>
 void sum_entries(const RowsItem& item, const SortedEntries& sorted, int64_t begin, int64_t end,
                  int64_t column, int64_t n, T* out) {
@@ -219,7 +230,8 @@ const T* find_long_run(const LongRuns& runs, int64_t begin) {
     if (runs.data[middle].begin < begin) low = middle + 1;
     else high = middle;
   }
-  if (low < runs.size && runs.data[low].begin == begin) return static_cast<const T*>(runs.data[low].sum);
+  if (low < runs.size && runs.data[low].begin == begin)
+    return static_cast<const T*>(runs.data[low].sum);
   return nullptr;
 }
 
@@ -233,18 +245,20 @@ class Prefetcher {
     add(item.param, item.param_layout);
     for (int k = 0; k < kStates; ++k) add(item.states[k], item.state_layouts[k]);
     const int64_t row_bytes = item.dim * static_cast<int64_t>(sizeof(T));
-    ahead_ = row_bytes * kMaxAhead <= kBytesAhead ? kMaxAhead : (kBytesAhead + row_bytes - 1) / row_bytes;
+    ahead_ = row_bytes * kMaxAhead <= kBytesAhead ? kMaxAhead
+                                                  : (kBytesAhead + row_bytes - 1) / row_bytes;
   }
 
-  // Block [column, column + n) of the row that comes after the run [begin, end) is computed. Rows of
-  // one block are fetched for all entries in reach; of longer rows the same block of one entry
+  // Block [column, column + n) of the row that comes after the run [begin, end) is computed. Rows
+  // of one block are fetched for all entries in reach; of longer rows the same block of one entry
   // ahead, which spreads the fetches evenly over the computation.
   TIGER_EXT_INLINE void operator()(int64_t begin, int64_t end, int64_t column, int64_t n) {
     const int64_t limit = item_.first_entry + item_.entries;
     if (item_.dim <= kBlock) {
       // Within a long run the summation fetches for itself.
       if (next_ < end && end - begin > ahead_) next_ = end;
-      for (const int64_t until = end + ahead_ < limit ? end + ahead_ : limit; next_ < until; ++next_)
+      for (const int64_t until = end + ahead_ < limit ? end + ahead_ : limit; next_ < until;
+           ++next_)
         fetch(next_, 0, item_.dim);
     } else if (end - 1 + ahead_ < limit) {
       fetch(end - 1 + ahead_, column, n);
@@ -263,8 +277,10 @@ class Prefetcher {
   }
 
   TIGER_EXT_INLINE void fetch(int64_t entry, int64_t column, int64_t n) {
-    const int64_t offset = (sorted_.position(entry) - item_.first_entry) * item_.value_stride + column;
-    prefetch_bytes(static_cast<const char*>(item_.values.data) + offset * value_size_, n * value_size_);
+    const int64_t offset =
+        (sorted_.position(entry) - item_.first_entry) * item_.value_stride + column;
+    prefetch_bytes(static_cast<const char*>(item_.values.data) + offset * value_size_,
+                   n * value_size_);
     const uint64_t row = sorted_.row(entry);
     if (row == row_) return;
     row_ = row;
@@ -307,8 +323,7 @@ void rows_span(const RowsItem& item, const SortedEntries& sorted, const LongRuns
     if (next - i == 1 && native_values)
       grad = static_cast<const T*>(item.values.data) +
              (sorted.position(i) - item.first_entry) * item.value_stride;
-    else if (next - i > kPiece)
-      grad = find_long_run<T>(long_runs, i);
+    else if (next - i > kPiece) grad = find_long_run<T>(long_runs, i);
 
     const int64_t param_row = item.param_layout.offset(row);
     int64_t state_rows[kMaxStates];
@@ -369,25 +384,31 @@ inline bool is_double(const Stream& param) { return param.storage == Storage::kF
 template <typename T>
 void dense_of_type(const DenseItem& item, int64_t begin, int64_t end) {
   switch (item.rule.kind) {
-    case RuleKind::kSignMomentum: return dense_span<T, SignMomentum<T>>(item, begin, end);
-    case RuleKind::kAdamW: return dense_span<T, AdamW<T>>(item, begin, end);
+    case RuleKind::kSignMomentum:
+      return dense_span<T, SignMomentum<T>>(item, begin, end);
+    case RuleKind::kAdamW:
+      return dense_span<T, AdamW<T>>(item, begin, end);
     case RuleKind::kAdamWWithoutMoment1:
       return dense_span<T, AdamWWithoutMoment1<T>>(item, begin, end);
   }
 }
 
 template <typename T>
-void rows_of_type(const RowsItem& item, const SortedEntries& s, const LongRuns& l, int64_t b, int64_t e) {
+void rows_of_type(const RowsItem& item, const SortedEntries& s, const LongRuns& l, int64_t b,
+                  int64_t e) {
   switch (item.rule.kind) {
-    case RuleKind::kSignMomentum: return rows_of_rule<T, SignMomentum<T>>(item, s, l, b, e);
-    case RuleKind::kAdamW: return rows_of_rule<T, AdamW<T>>(item, s, l, b, e);
+    case RuleKind::kSignMomentum:
+      return rows_of_rule<T, SignMomentum<T>>(item, s, l, b, e);
+    case RuleKind::kAdamW:
+      return rows_of_rule<T, AdamW<T>>(item, s, l, b, e);
     case RuleKind::kAdamWWithoutMoment1:
       return rows_of_rule<T, AdamWWithoutMoment1<T>>(item, s, l, b, e);
   }
 }
 
 template <typename T>
-void sum_piece_as(const RowsItem& item, const SortedEntries& s, int64_t begin, int64_t end, T* out) {
+void sum_piece_as(const RowsItem& item, const SortedEntries& s, int64_t begin, int64_t end,
+                  T* out) {
   for (int64_t c = 0; c < item.dim; c += kBlock)
     sum_entries(item, s, begin, end, c, item.dim - c < kBlock ? item.dim - c : kBlock, out + c);
 }
@@ -403,7 +424,8 @@ void rows(const RowsItem& item, const SortedEntries& sorted, const LongRuns& lon
   else rows_of_type<float>(item, sorted, long_runs, begin, end);
 }
 
-void sum_piece(const RowsItem& item, const SortedEntries& sorted, int64_t begin, int64_t end, void* out) {
+void sum_piece(const RowsItem& item, const SortedEntries& sorted, int64_t begin, int64_t end,
+               void* out) {
   if (is_double(item.param)) sum_piece_as(item, sorted, begin, end, static_cast<double*>(out));
   else sum_piece_as(item, sorted, begin, end, static_cast<float*>(out));
 }

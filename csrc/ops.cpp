@@ -84,12 +84,17 @@ void run(const Lists& lists, RuleParams rule) {
 
 RuleParams sign_momentum(double lr, double beta1, double beta2, double weight_decay, bool maximize,
                          double grad_scale) {
-  return {RuleKind::kSignMomentum, lr, beta1, beta2, 0.0, weight_decay,
+  return {RuleKind::kSignMomentum,
+          lr,
+          beta1,
+          beta2,
+          0.0,
+          weight_decay,
           (maximize ? -1.0 : 1.0) / grad_scale};
 }
 
-RuleParams adamw(double lr, double beta1, double beta2, double eps, double weight_decay, bool maximize,
-                 double grad_scale) {
+RuleParams adamw(double lr, double beta1, double beta2, double eps, double weight_decay,
+                 bool maximize, double grad_scale) {
   const RuleKind kind = beta1 == 0.0 ? RuleKind::kAdamWWithoutMoment1 : RuleKind::kAdamW;
   return {kind, lr, beta1, beta2, eps, weight_decay, (maximize ? -1.0 : 1.0) / grad_scale};
 }
@@ -101,9 +106,9 @@ void sign_momentum_dense_(TensorList params, TensorList grads, TensorList exp_av
       sign_momentum(lr, beta1, beta2, weight_decay, maximize, grad_scale));
 }
 
-void sign_momentum_rows_(TensorList params, TensorList indices, TensorList values, TensorList exp_avgs,
-                         double lr, double beta1, double beta2, double weight_decay, bool maximize,
-                         double grad_scale) {
+void sign_momentum_rows_(TensorList params, TensorList indices, TensorList values,
+                         TensorList exp_avgs, double lr, double beta1, double beta2,
+                         double weight_decay, bool maximize, double grad_scale) {
   if (params.empty()) return;
   run({params, {}, indices, values, exp_avgs, {}, {}},
       sign_momentum(lr, beta1, beta2, weight_decay, maximize, grad_scale));
@@ -134,19 +139,23 @@ void adamw_rows_(TensorList params, TensorList indices, TensorList values, Tenso
 
 TORCH_LIBRARY(tiger_ext, m) {
   m.def(
-      "sign_momentum_dense_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, *, float lr, "
-      "float beta1, float beta2, float weight_decay, bool maximize=False, float grad_scale=1.0) -> ()");
+      "sign_momentum_dense_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, *, float "
+      "lr, "
+      "float beta1, float beta2, float weight_decay, bool maximize=False, float grad_scale=1.0) -> "
+      "()");
   m.def(
       "sign_momentum_rows_(Tensor(a!)[] params, Tensor[] indices, Tensor[] values, "
       "Tensor(b!)[] exp_avgs, *, float lr, float beta1, float beta2, float weight_decay, "
       "bool maximize=False, float grad_scale=1.0) -> ()");
   m.def(
       "adamw_dense_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
-      "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, *, float lr, float beta1, float beta2, float eps, "
+      "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, *, float lr, float beta1, float beta2, float "
+      "eps, "
       "float weight_decay, bool maximize=False, float grad_scale=1.0) -> ()");
   m.def(
       "adamw_rows_(Tensor(a!)[] params, Tensor[] indices, Tensor[] values, Tensor(b!)[] exp_avgs, "
-      "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, *, float lr, float beta1, float beta2, float eps, "
+      "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, *, float lr, float beta1, float beta2, float "
+      "eps, "
       "float weight_decay, bool maximize=False, float grad_scale=1.0) -> ()");
 }
 

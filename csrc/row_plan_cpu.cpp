@@ -25,8 +25,8 @@ struct Packed {
 
 // Packs entries [begin, end) of one item. A bad index only clears `in_range`: which one it was is
 // found afterwards, off the fast path.
-Packed pack(const RowsItem& item, const RowIndices& ix, int position_bits, int64_t begin, int64_t end,
-            uint64_t* keys) {
+Packed pack(const RowsItem& item, const RowIndices& ix, int position_bits, int64_t begin,
+            int64_t end, uint64_t* keys) {
   uint64_t bad = 0, unsorted = 0, previous = 0;
   const uint64_t first_row = static_cast<uint64_t>(item.first_row);
   const uint64_t first_position = static_cast<uint64_t>(item.first_entry);
@@ -59,7 +59,8 @@ Packed pack(const RowsItem& item, const RowIndices& ix, int position_bits, int64
   return {bad == 0, unsorted == 0};
 }
 
-BadIndex first_bad_index(const std::vector<RowsItem>& items, const std::vector<RowIndices>& indices) {
+BadIndex first_bad_index(const std::vector<RowsItem>& items,
+                         const std::vector<RowIndices>& indices) {
   for (size_t k = 0; k < items.size(); ++k)
     for (int64_t e = 0; e < items[k].entries; ++e)
       for (int64_t d = 0; d < indices[k].sparse_dim; ++d) {
@@ -70,8 +71,8 @@ BadIndex first_bad_index(const std::vector<RowsItem>& items, const std::vector<R
   throw std::logic_error("tiger_ext: the indices of a gradient changed while it was read");
 }
 
-// One stable pass by the digit at `shift`. Every slice counts, the counts become places, every slice
-// scatters to its own.
+// One stable pass by the digit at `shift`. Every slice counts, the counts become places, every
+// slice scatters to its own.
 void radix_pass(const uint64_t* from, uint64_t* to, int64_t n, int shift, int digit_bits,
                 int64_t slices, int64_t* counts) {
   const int64_t buckets = int64_t{1} << digit_bits;

@@ -12,7 +12,8 @@
 
 namespace tiger_ext {
 
-// The indices of one sparse gradient: index d of entry e is data[d * dim_stride + e * entry_stride].
+// The indices of one sparse gradient: index d of entry e is data[d * dim_stride + e *
+// entry_stride].
 struct RowIndices {
   const int64_t* data = nullptr;
   int64_t dim_stride = 0;

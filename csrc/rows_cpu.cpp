@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The rows road on the CPU: shares the sorted entries out among the threads. Work is cut by entries,
-// not by rows; a row with very many entries is summed by all threads in pieces before the rest.
+// The rows road on the CPU: shares the sorted entries out among the threads. Work is cut by
+// entries, not by rows; a row with very many entries is summed by all threads in pieces before the
+// rest.
 #include <algorithm>
 
 #include "parallel_cpu.h"
@@ -24,7 +25,8 @@ struct LongRunWork {
 };
 
 // A run that holds both ends of a stride of the sorted entries is long; its bounds by bisection.
-std::vector<LongRunWork> find_long_runs(const std::vector<RowsItem>& items, const SortedEntries& sorted) {
+std::vector<LongRunWork> find_long_runs(const std::vector<RowsItem>& items,
+                                        const SortedEntries& sorted) {
   std::vector<LongRunWork> found;
   int64_t pieces = 0;
   for (const RowsItem& item : items) {
@@ -36,8 +38,7 @@ std::vector<LongRunWork> find_long_runs(const std::vector<RowsItem>& items, cons
       const auto before = [&](uint64_t key) { return key >> sorted.position_bits < row; };
       const auto within = [&](uint64_t key) { return key >> sorted.position_bits <= row; };
       const uint64_t* keys = sorted.keys;
-      const int64_t begin =
-          std::partition_point(keys + item.first_entry, keys + i, before) - keys;
+      const int64_t begin = std::partition_point(keys + item.first_entry, keys + i, before) - keys;
       const int64_t run_end = std::partition_point(keys + i, keys + end, within) - keys;
       found.push_back({&item, begin, run_end, pieces, nullptr});
       pieces += found.back().pieces();
@@ -61,9 +62,9 @@ std::vector<LongRun> sum_long_runs(std::vector<LongRunWork>& work, const SortedE
     place += w.pieces() * width(w);
   }
   for_each_task(work.back().first_piece + work.back().pieces(), [&](int64_t piece) {
-    const auto after = std::upper_bound(
-        work.begin(), work.end(), piece,
-        [](int64_t p, const LongRunWork& w) { return p < w.first_piece; });
+    const auto after =
+        std::upper_bound(work.begin(), work.end(), piece,
+                         [](int64_t p, const LongRunWork& w) { return p < w.first_piece; });
     const LongRunWork& w = *(after - 1);
     const int64_t local = piece - w.first_piece, begin = w.begin + local * kPiece;
     kernels.sum_piece(*w.item, sorted, begin, std::min(begin + kPiece, w.end),
@@ -79,7 +80,8 @@ std::vector<LongRun> sum_long_runs(std::vector<LongRunWork>& work, const SortedE
 
 }  // namespace
 
-void update_rows(const std::vector<RowsItem>& items, const SortedEntries& sorted, Scratch& scratch) {
+void update_rows(const std::vector<RowsItem>& items, const SortedEntries& sorted,
+                 Scratch& scratch) {
   const CpuKernels& kernels = cpu_kernels();
   int64_t elements = 0;
   for (const RowsItem& item : items) elements += item.entries * item.dim;
@@ -109,7 +111,8 @@ void update_rows(const std::vector<RowsItem>& items, const SortedEntries& sorted
     const size_t k = after - 1 - tasks.begin();
     const int64_t begin = (task - tasks[k].first) * tasks[k].entries;
     const int64_t end = std::min(begin + tasks[k].entries, items[k].entries);
-    kernels.rows(items[k], sorted, long_runs, items[k].first_entry + begin, items[k].first_entry + end);
+    kernels.rows(items[k], sorted, long_runs, items[k].first_entry + begin,
+                 items[k].first_entry + end);
   });
 }
 

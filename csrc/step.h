@@ -4,9 +4,10 @@
 //
 //     add (every parameter) -> prepare -> apply
 //
-// `add` and `prepare` check and allocate everything and write to no tensor; `apply` cannot fail. So a
-// step happens wholly or not at all. A device implements DeviceStep in files of its own and registers
-// a factory; the dispatcher's ops and the eager Python entry (eager.cpp) both go through it.
+// `add` and `prepare` check and allocate everything and write to no tensor; `apply` cannot fail. So
+// a step happens wholly or not at all. A device implements DeviceStep in files of its own and
+// registers a factory; the dispatcher's ops and the eager Python entry (eager.cpp) both go through
+// it.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -31,7 +32,7 @@ struct Update {
   at::Tensor states[kMaxStateTensors];
   at::Tensor step;  // AdamW's counter: 0-dim int64, one more after `apply`
   RuleParams rule;
-  int group = 0;     // where the parameter stands, for messages
+  int group = 0;  // where the parameter stands, for messages
   int position = 0;
 };
 

@@ -6,7 +6,8 @@
 // A rule is a small struct of constants in the arithmetic type T (float, or double for float64
 // parameters) with a call operator that advances one parameter element and its state by one step.
 // `kStates` says how many state tensors it reads and writes. Every operation is a single IEEE
-// operation (multiply-add contraction is off), so all instruction sets and devices agree bit by bit.
+// operation (multiply-add contraction is off), so all instruction sets and devices agree bit by
+// bit.
 #pragma once
 
 #include <cmath>
@@ -34,7 +35,7 @@ struct RuleParams {
   double beta2 = 0.0;
   double eps = 0.0;
   double weight_decay = 0.0;
-  double grad_factor = 1.0;      // -1 for maximize, times 1 / grad_scale
+  double grad_factor = 1.0;       // -1 for maximize, times 1 / grad_scale
   double bias_correction1 = 1.0;  // 1 - beta1^t
   double bias_correction2 = 1.0;  // 1 - beta2^t
 };

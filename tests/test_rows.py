@@ -513,6 +513,29 @@ def test_sorting_of_many_digits(rows):
     assert int(momentum.count_nonzero()) == len(touched)
 
 
+@pytest.mark.parametrize("sparse_dim", [1, 2])
+def test_offsets_beyond_32_bits(sparse_dim):
+    # 2.3e9 elements; memory that is never written costs nothing.
+    rows, dim = 2**27 + 3, 17
+    ids = torch.tensor([0, 2**26 + 1, rows - 1])
+    big = [torch.empty(rows, dim, dtype=torch.bfloat16) for _ in range(2)]
+    small = [torch.randn(3, dim).bfloat16() for _ in range(2)]
+    for b, s in zip(big, small):
+        b[ids] = s
+    which = torch.tensor([2, 1, 2, 0])
+    columns = torch.tensor([16, 3, 16, 0])
+    indices = [torch.stack([which, columns][:sparse_dim]) for _ in range(2)]
+    indices[0] = torch.cat([ids[which][None], indices[0][1:]])
+    values = torch.randn([4, dim][: 3 - sparse_dim]).bfloat16()
+    hyper = dict(lr=0.1, beta1=0.5, beta2=0.5, weight_decay=0.3)
+    before = small[0].clone()
+    for (param, momentum), index in zip((big, small), indices):
+        torch.ops.tiger_ext.sign_momentum_rows_([param], [index], [values], [momentum], **hyper)
+    assert not same_bits(small[0], before)
+    for b, s in zip(big, small):
+        assert same_bits(b[ids], s)
+
+
 # ------------------------------------------------------------------------------------ properties
 
 
@@ -540,7 +563,7 @@ def _row_problems(draw):
 FLOAT_TYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
-@settings(max_examples=150, phases=NO_SHRINK)
+@settings(max_examples=100, phases=NO_SHRINK)
 @given(_row_problems())
 def test_any_row_gradient(problem):
     torch.manual_seed(problem["seed"])

@@ -21,8 +21,8 @@ class AdamW(MixedOptimizer):
         \theta_t &= (1 - \eta\lambda)\,\theta_{t-1}
             - \eta\,\frac{m_t / (1 - \beta_1^t)}{\sqrt{v_t / (1 - \beta_2^t)} + \epsilon}
 
-    With dense gradients it equals ``torch.optim.AdamW``; with sparse ones and ``weight_decay=0`` it
-    equals ``torch.optim.SparseAdam`` but for the place of epsilon (SparseAdam adds it before the bias
+    With dense gradients it equals ``torch.optim.AdamW``; with sparse ones and ``weight_decay=0``
+    ``torch.optim.SparseAdam`` but for the place of epsilon (SparseAdam adds it before the bias
     correction). Only the rows of a sparse gradient are read and written.
 
     Args:
@@ -35,15 +35,15 @@ class AdamW(MixedOptimizer):
         rows: how touched rows are found for strided gradients; None: the update is dense.
         nonfinite: what a NaN or Inf gradient does; "propagate": it reaches the parameter.
         shrink_ratio: factor of ``nonfinite="shrink"``.
-        momentum_dtype: storage of the first moment; None: the parameter's dtype; or float32, bfloat16,
-            float16. The second moment takes the wider of this and the parameter's dtype.
+        momentum_dtype: storage of the first moment; None: the parameter's dtype; or float32,
+            bfloat16, float16. The second moment takes the wider of this and the parameter's dtype.
         stochastic_rounding: False.
         maximize: ascend instead of descend.
         capturable: has no effect on CPU parameters.
         fused: None: native kernels where they exist; True: native, or RuntimeError; False: the
             PyTorch reference.
 
-    State: ``exp_avg``, ``exp_avg_sq`` (the parameter's shape) and ``step`` (0-dim int64, on the CPU).
+    State: ``exp_avg``, ``exp_avg_sq`` (the parameter's shape), ``step`` (0-dim int64, on the CPU).
 
     Raises:
         ValueError: an option has an illegal value (the message names argument, value, legal range).

@@ -165,7 +165,9 @@ class MixedOptimizer(torch.optim.Optimizer):
             for p in params:
                 tensor = p[1] if isinstance(p, tuple) else p
                 if isinstance(tensor, Tensor) and tensor.is_complex():
-                    raise ValueError(f"complex parameters are not supported, got dtype {tensor.dtype}")
+                    raise ValueError(
+                        f"complex parameters are not supported, got dtype {tensor.dtype}"
+                    )
         if group["fused"] and _native.unavailable:
             raise RuntimeError(f"fused=True, but {_native.unavailable}")
         super().add_param_group(group)
@@ -189,8 +191,8 @@ class MixedOptimizer(torch.optim.Optimizer):
 
         Raises:
             IndexError: a sparse gradient has a row index outside its parameter.
-            RuntimeError: a gradient's device, shape, dtype or layout does not fit; or ``fused=True``
-                and there is no native kernel. In every case nothing was written.
+            RuntimeError: a gradient's device, shape, dtype or layout does not fit; or
+                ``fused=True`` and there is no native kernel. In every case nothing was written.
         """
         loss = None
         if closure is not None:
@@ -253,9 +255,7 @@ class MixedOptimizer(torch.optim.Optimizer):
         params = group["params"]
         args = (index, kind, float(group["lr"]), beta1, betas[-1], eps, group["weight_decay"])
         while True:
-            without_state, rest = native.add_group(
-                params, self.state, *args, group["maximize"]
-            )
+            without_state, rest = native.add_group(params, self.state, *args, group["maximize"])
             if not without_state:
                 return rest
             for position in without_state:
@@ -346,7 +346,9 @@ class MixedOptimizer(torch.optim.Optimizer):
             for i, p in zip(ids, params, strict=True):
                 for name, value in loaded["state"].get(i, {}).items():
                     if name == "step":
-                        self.state[p][name] = torch.as_tensor(value).to("cpu", torch.int64, copy=True)
+                        self.state[p][name] = torch.as_tensor(value).to(
+                            "cpu", torch.int64, copy=True
+                        )
                     elif isinstance(value, Tensor):
                         self.state[p][name] = value.detach().to(p.device, copy=True)
 
@@ -361,7 +363,7 @@ class MixedOptimizer(torch.optim.Optimizer):
             after.remove()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore from a pickle or a loaded state dict; older ones get the newer options' defaults."""
+        """Restore from a pickle or state dict; older ones get the newer options' defaults."""
         super().__setstate__(state)
         for group in self.param_groups:
             algorithm = algorithm_of(group.setdefault("algorithm", self._algorithm))

@@ -195,8 +195,8 @@ def complete_group(
 ) -> dict[str, Any]:
     """Return a checked copy of a parameter group with every option of its algorithm filled in.
 
-    An omitted option takes the optimizer's own value where the group uses the optimizer's algorithm,
-    else the group algorithm's default.
+    An omitted option takes the optimizer's own value where the group uses the optimizer's
+    algorithm, else the group algorithm's default.
 
     Raises:
         ValueError: an option has an illegal value.

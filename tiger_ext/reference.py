@@ -58,9 +58,9 @@ def adamw(
     eps: float,
     weight_decay: float,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return the new (param, exp_avg, exp_avg_sq) of AdamW (arXiv 1711.05101) at step number ``step``.
+    """Return the new (param, exp_avg, exp_avg_sq) of AdamW at step number ``step``.
 
-    ``exp_avg`` is None when ``beta1`` is 0. All tensors have one shape and the arithmetic dtype.
+    Loshchilov & Hutter 2019, arXiv 1711.05101. ``exp_avg`` is None when ``beta1`` is 0. All tensors have one shape and the arithmetic dtype.
     """
     if exp_avg is None:
         m = grad
@@ -85,7 +85,8 @@ def sum_duplicates(
         dtype: the dtype to sum in.
 
     Returns:
-        ``(rows, sums)``: ``[sparse_dim, touched]`` unique indices, ``[touched, *dense_shape]`` sums.
+        ``(rows, sums)``: unique indices ``[sparse_dim, touched]`` and sums
+        ``[touched, *dense_shape]``.
     """
     sparse_dim = indices.shape[0]
     linear = torch.zeros_like(indices[0])

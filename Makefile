@@ -1,0 +1,103 @@
+# A fresh machine needs `make demo` and `make test`; each sets up what it needs.
+#
+#   make demo        train a next-token model with a million-row embedding, against SparseAdam
+#   make test        all tests, C++ and Python
+#   make bench       the CPU benchmarks, results in benchmarks/results
+#   make wheel       a wheel and an sdist in dist/, tried in an empty venv
+#   make lint        formatting, lint and types
+#   make sanitize    the kernel tests under AddressSanitizer and UBSan
+#   make cuda-build  build and test against the CUDA build of torch, in a venv of its own
+
+PYTHON ?= python3
+export MAX_JOBS ?= 2
+export CUDA_HOME ?= /usr/local/cuda
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+VENV := .venv
+CUDA_VENV := .venv-cuda
+WHEEL_VENV := .venv-wheel
+BIN := $(VENV)/bin
+SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
+CPP_FILES := $(wildcard csrc/* tests/cpp/*)
+BENCHMARKS := sparse dense small_tensors embedding_step
+
+.PHONY: all build demo test test-cpp bench wheel lint sanitize cuda-build clean
+all: build
+
+$(VENV)/.ready: requirements/test.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -r requirements/test.txt
+	touch $@
+
+$(VENV)/.built: $(VENV)/.ready $(SOURCES)
+	$(BIN)/pip install -q --no-build-isolation --no-deps -e .
+	touch $@
+
+build: $(VENV)/.built
+
+demo: build
+	$(BIN)/python examples/next_token.py
+
+test-cpp: $(VENV)/.ready
+	$(BIN)/cmake -S . -B build/cpp -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja
+	$(BIN)/cmake --build build/cpp
+	$(BIN)/ctest --test-dir build/cpp --output-on-failure
+
+test: build test-cpp
+	TIGER_EXT_REQUIRE_NATIVE=1 $(BIN)/python -m pytest tests
+
+$(VENV)/.bench: $(VENV)/.ready requirements/bench.txt
+	DS_BUILD_OPS=0 $(BIN)/pip install -q -r requirements/bench.txt
+	touch $@
+
+bench: build $(VENV)/.bench
+	for name in $(BENCHMARKS); do PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/bench_$$name.py || exit 1; done
+
+wheel: $(VENV)/.ready
+	rm -rf dist build/lib.*
+	$(BIN)/pip wheel -q --no-build-isolation --no-deps -w dist .
+	$(BIN)/python setup.py -q sdist
+	$(PYTHON) -m venv --clear $(WHEEL_VENV)
+	$(WHEEL_VENV)/bin/pip install -q $$(grep '^torch==' requirements/test.txt) dist/*.whl
+	cd dist && TIGER_EXT_REQUIRE_NATIVE=1 ../$(WHEEL_VENV)/bin/python -m tiger_ext
+
+$(VENV)/.lint: $(VENV)/.ready requirements/lint.txt
+	$(BIN)/pip install -q -r requirements/lint.txt
+	touch $@
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
+	$(BIN)/mypy tiger_ext
+
+# The sanitizers' runtimes must come first in the process, hence LD_PRELOAD; leaks of the interpreter
+# are not ours.
+sanitize: $(VENV)/.ready
+	rm -rf build/sanitize
+	TIGER_EXT_SANITIZE=address,undefined $(BIN)/python setup.py -q build \
+	  --build-lib build/sanitize/lib --build-temp build/sanitize/temp
+	cd build/sanitize/lib && \
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. TIGER_EXT_REQUIRE_NATIVE=1 OMP_NUM_THREADS=2 \
+	  ../../../$(BIN)/python -m pytest -c ../../../pyproject.toml --rootdir ../../.. \
+	  ../../../tests/test_rows.py ../../../tests/test_dense.py
+
+$(CUDA_VENV)/.ready: requirements/test.txt requirements/cuda.txt
+	$(PYTHON) -m venv $(CUDA_VENV)
+	grep -v '^torch==' requirements/test.txt | cat - requirements/cuda.txt > $(CUDA_VENV)/requirements.txt
+	$(CUDA_VENV)/bin/pip install -q -r $(CUDA_VENV)/requirements.txt
+	touch $@
+
+# Built out of tree and tested from another folder: this folder holds the module for the CPU torch.
+cuda-build: $(CUDA_VENV)/.ready
+	rm -rf build/cuda && mkdir -p build/cuda/run
+	TORCH_CUDA_ARCH_LIST="8.0;9.0+PTX" $(CUDA_VENV)/bin/python setup.py -q build \
+	  --build-lib build/cuda/lib --build-temp build/cuda/temp
+	cd build/cuda/run && PYTHONPATH=../lib TIGER_EXT_REQUIRE_NATIVE=1 \
+	  ../../../$(CUDA_VENV)/bin/python -m tiger_ext
+	cd build/cuda/run && PYTHONPATH=$(CURDIR)/build/cuda/lib TIGER_EXT_REQUIRE_NATIVE=1 \
+	  ../../../$(CUDA_VENV)/bin/python -m pytest -c ../../../pyproject.toml --rootdir ../../.. ../../../tests
+
+clean:
+	rm -rf build dist *.egg-info tiger_ext/_C.*.so $(VENV) $(CUDA_VENV) $(WHEEL_VENV)

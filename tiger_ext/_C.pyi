@@ -1,0 +1,37 @@
+from enum import Enum
+from typing import Any
+
+from torch import Tensor
+
+class UpdateError(Exception):
+    """A parameter's update was refused; args: "index" or "runtime", group, position, text."""
+
+class RuleKind(Enum):
+    SIGN_MOMENTUM = ...
+    ADAMW = ...
+    ADAMW_WITHOUT_MOMENT1 = ...
+
+class Step:
+    """One all-or-nothing optimizer step: add_group (each), then prepare, then apply."""
+
+    def __init__(self, grad_scale: float) -> None: ...
+    def add_group(
+        self,
+        params: list[Tensor],
+        state: dict[Tensor, dict[str, Any]],
+        group: int,
+        kind: RuleKind,
+        lr: float,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        weight_decay: float,
+        maximize: bool,
+        /,
+    ) -> tuple[list[int], list[int]]: ...
+    def prepare(self) -> None: ...
+    def apply(self) -> None: ...
+
+def build_info() -> dict[str, Any]: ...
+def cpu_isa() -> str: ...
+def advise_huge_pages(data: int, bytes: int, present: bool) -> None: ...

@@ -27,20 +27,25 @@ bool same_order(at::IntArrayRef sizes, at::IntArrayRef a, at::IntArrayRef b) {
 
 class CpuStep final : public DeviceStep {
  public:
+  CpuStep() { cpu_kernels(); }  // a wrong TIGER_EXT_CPU_ISA shows before anything is written
+
   void add(const Update& u) override {
     check_update(u);
     for (int k = 0; k < rule_names(u.rule.kind).states; ++k) written_.push_back(u.states[k]);
     written_.push_back(u.param);
-    if (u.step.defined()) counters_.push_back(u.step);
-    if (u.param.numel() == 0) return;
+    if (u.step.defined()) {
+      counters_.push_back(u.step);
+      written_.push_back(u.step);
+    }
     if (u.grad.defined()) add_dense(u);
     else if (u.values.size(0) > 0) add_rows(u);
   }
 
   void prepare() override {
+    dense_road_.prepare(dense_);
     if (rows_.empty()) return;
     const BadIndex bad = plan_rows(rows_, indices_, scratch_, sorted_);
-    if (bad.item < 0) return;
+    if (bad.item < 0) return rows_road_.prepare(rows_, sorted_, scratch_);
     const RowIndices& ix = indices_[bad.item];
     const int64_t index = ix.data[bad.dimension * ix.dim_stride + bad.entry * ix.entry_stride];
     throw UpdateError(
@@ -51,8 +56,8 @@ class CpuStep final : public DeviceStep {
 
   void apply() override {
     const at::NoGradGuard no_grad;
-    if (!dense_.empty()) update_dense(dense_);
-    if (!rows_.empty()) update_rows(rows_, sorted_, scratch_);
+    dense_road_.run();
+    rows_road_.run();
     for (const auto& [target, source] : copy_back_) target.copy_(source);
     for (const at::Tensor& counter : counters_) ++*counter.mutable_data_ptr<int64_t>();
     for (const at::Tensor& t : written_)
@@ -73,6 +78,7 @@ class CpuStep final : public DeviceStep {
   }
 
   void add_dense(const Update& u) {
+    if (u.param.numel() == 0) return;
     // Any element order will do as long as all tensors share it and it leaves no holes.
     at::Tensor order = u.param;
     if (!order.is_non_overlapping_and_dense())
@@ -130,14 +136,19 @@ class CpuStep final : public DeviceStep {
 
   RowLayout row_layout(const at::Tensor& t, int64_t sparse_dim) {
     RowLayout layout;
-    layout.row_stride = t.stride(sparse_dim - 1);
-    for (int64_t d = sparse_dim - 1; d > 0; --d)
-      if (t.size(d - 1) > 1 && t.stride(d - 1) != t.size(d) * t.stride(d)) {
+    int64_t span = 0;  // of the dimensions inside, once there are any
+    for (int64_t d = sparse_dim - 1; d >= 0; --d) {
+      if (t.size(d) == 1) continue;
+      if (span == 0) {
+        layout.row_stride = span = t.stride(d);
+      } else if (t.stride(d) != span) {
         layout.dims = sparse_dim;
         layout.sizes = numbers(t.sizes().slice(0, sparse_dim));
         layout.strides = numbers(t.strides().slice(0, sparse_dim));
         break;
       }
+      span *= t.size(d);
+    }
     int64_t expected = 1;
     bool contiguous = true;
     for (int64_t d = t.dim() - 1; d >= sparse_dim; --d) {
@@ -176,6 +187,8 @@ class CpuStep final : public DeviceStep {
   std::vector<std::pair<at::Tensor, at::Tensor>> copy_back_;
   Scratch scratch_;
   SortedEntries sorted_;
+  DenseRoad dense_road_;
+  RowsRoad rows_road_;
 };
 
 const DeviceRegistration registration(c10::DeviceType::CPU, []() -> std::unique_ptr<DeviceStep> {

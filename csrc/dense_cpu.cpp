@@ -14,22 +14,26 @@ constexpr int64_t kElementsPerTask = 32768;
 
 }  // namespace
 
-void update_dense(const std::vector<DenseItem>& items) {
-  const CpuKernels& kernels = cpu_kernels();
-  std::vector<int64_t> starts;
-  starts.reserve(items.size());
-  int64_t total = 0;
+void DenseRoad::prepare(const std::vector<DenseItem>& items) {
+  items_ = &items;
+  starts_.reserve(items.size());
   for (const DenseItem& item : items) {
-    starts.push_back(total);
-    total += item.numel;
+    starts_.push_back(elements_);
+    elements_ += item.numel;
   }
-  for_each_task((total + kElementsPerTask - 1) / kElementsPerTask, [&](int64_t task) {
+}
+
+void DenseRoad::run() const {
+  const CpuKernels& kernels = cpu_kernels();
+  for_each_task((elements_ + kElementsPerTask - 1) / kElementsPerTask, [&](int64_t task) {
     const int64_t begin = task * kElementsPerTask;
-    const int64_t end = std::min(begin + kElementsPerTask, total);
-    size_t k = std::upper_bound(starts.begin(), starts.end(), begin) - starts.begin() - 1;
-    for (; k < items.size() && starts[k] < end; ++k)
-      kernels.dense(items[k], std::max(begin - starts[k], int64_t{0}),
-                    std::min(end - starts[k], items[k].numel));
+    const int64_t end = std::min(begin + kElementsPerTask, elements_);
+    size_t k = std::upper_bound(starts_.begin(), starts_.end(), begin) - starts_.begin() - 1;
+    for (; k < starts_.size() && starts_[k] < end; ++k) {
+      const DenseItem& item = (*items_)[k];
+      kernels.dense(item, std::max(begin - starts_[k], int64_t{0}),
+                    std::min(end - starts_[k], item.numel));
+    }
   });
 }
 

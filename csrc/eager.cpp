@@ -5,6 +5,7 @@
 // times the arithmetic. Nothing is cached between steps, so tensors may be replaced at any time.
 #include "eager.h"
 
+#include <ATen/Functions.h>
 #include <ATen/SparseTensorImpl.h>
 #include <torch/csrc/autograd/python_variable.h>
 
@@ -21,9 +22,18 @@ namespace py = pybind11;
 namespace tiger_ext {
 namespace {
 
+// Whether the tensor's memory holds its elements as they are.
 bool plain(const at::Tensor& t) {
   const auto* impl = t.unsafeGetTensorImpl();
-  return !impl->is_python_dispatch() && !t.is_neg() && !t.is_nested() && !t.is_quantized();
+  return !impl->is_python_dispatch() && !t.is_neg() && !t._is_zerotensor() && !t.is_nested() &&
+         !t.is_quantized();
+}
+
+// Gradients that autograd keeps symbolic: zeros without memory, and negated views.
+at::Tensor materialized(const at::Tensor& grad) {
+  if (grad.layout() != at::kStrided) return grad;
+  if (grad._is_zerotensor()) return at::zeros(grad.sizes(), grad.options());
+  return grad.resolve_neg();
 }
 
 class Step {
@@ -54,8 +64,8 @@ class Step {
         throw py::type_error("parameter groups hold tensors, got " +
                              std::string(Py_TYPE(object)->tp_name));
       const at::Tensor& param = THPVariable_Unpack(object);
-      const at::Tensor& grad = param.unsafeGetTensorImpl()->grad();
-      if (!grad.defined()) continue;
+      if (!param.unsafeGetTensorImpl()->grad().defined()) continue;
+      const at::Tensor grad = materialized(param.unsafeGetTensorImpl()->grad());
       DeviceStep* device = device_step(param);
       const bool sparse = grad.layout() == at::kSparse;
       if (!device || !plain(param) || !is_storage_type(param.scalar_type()) || !plain(grad) ||

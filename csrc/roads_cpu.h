@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
+//
+// The two roads of a CPU step. `prepare` allocates all that `run` needs; `run` writes and cannot
+// fail. The items must stay where they are in between.
 #pragma once
 
+#include <cstdint>
 #include <vector>
 
 #include "kernels_cpu.h"
@@ -8,11 +12,53 @@
 
 namespace tiger_ext {
 
-// Updates every touched row of all items. Costs 4 bytes x dim per kPiece entries of rows with over
-// a thousand entries in scratch memory, nothing else.
-void update_rows(const std::vector<RowsItem>& items, const SortedEntries& sorted, Scratch& scratch);
+// Updates every element of parameters with strided gradients.
+class DenseRoad {
+ public:
+  void prepare(const std::vector<DenseItem>& items);
+  void run() const;
 
-// Updates every element of all items.
-void update_dense(const std::vector<DenseItem>& items);
+ private:
+  const std::vector<DenseItem>* items_ = nullptr;
+  std::vector<int64_t> starts_;  // of each item, in the range of all elements
+  int64_t elements_ = 0;
+};
+
+// Updates every touched row of parameters with sparse gradients. Besides the plan's keys it needs
+// one sum [dim] per kPiece entries of the rows that have over a thousand entries.
+class RowsRoad {
+ public:
+  void prepare(const std::vector<RowsItem>& items, const SortedEntries& sorted, Scratch& scratch);
+  void run();
+
+ private:
+  // A row with so many entries that all threads sum it, in pieces, before the rest.
+  struct LongRunWork {
+    const RowsItem* item;
+    int64_t begin, end;
+    int64_t first_piece;  // counted over all long runs
+    char* sums;           // [pieces, dim] in the arithmetic type
+
+    int64_t pieces() const { return (end - begin + kPiece - 1) / kPiece; }
+    int64_t sum_bytes() const {
+      return item->dim * (item->param.storage == Storage::kFloat64 ? 8 : 4);
+    }
+  };
+  struct Tasks {
+    int64_t first;    // of this item, counted over all items
+    int64_t entries;  // of each of its tasks
+  };
+
+  void find_long_runs();
+  void sum_long_runs() const;
+
+  const std::vector<RowsItem>* items_ = nullptr;
+  SortedEntries sorted_;
+  bool serial_ = true;
+  std::vector<LongRunWork> long_work_;
+  std::vector<LongRun> long_runs_;
+  std::vector<Tasks> tasks_;
+  int64_t task_count_ = 0;
+};
 
 }  // namespace tiger_ext

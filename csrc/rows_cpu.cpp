@@ -12,107 +12,93 @@ namespace tiger_ext {
 namespace {
 
 constexpr int64_t kElementsPerTask = 65536;
-constexpr int64_t kSerialElements = 32768;
-constexpr int64_t kLongRunStride = 1024;  // runs of twice this length are found for certain
-
-struct LongRunWork {
-  const RowsItem* item;
-  int64_t begin, end;
-  int64_t first_piece;  // of all pieces of all long runs
-  void* sums;           // [pieces, dim]
-
-  int64_t pieces() const { return (end - begin + kPiece - 1) / kPiece; }
-};
-
-// A run that holds both ends of a stride of the sorted entries is long; its bounds by bisection.
-std::vector<LongRunWork> find_long_runs(const std::vector<RowsItem>& items,
-                                        const SortedEntries& sorted) {
-  std::vector<LongRunWork> found;
-  int64_t pieces = 0;
-  for (const RowsItem& item : items) {
-    const int64_t end = item.first_entry + item.entries;
-    for (int64_t i = item.first_entry; i + kLongRunStride < end; i += kLongRunStride) {
-      const uint64_t row = sorted.row(i);
-      if (sorted.row(i + kLongRunStride) != row) continue;
-      if (!found.empty() && found.back().end > i) continue;
-      const auto before = [&](uint64_t key) { return key >> sorted.position_bits < row; };
-      const auto within = [&](uint64_t key) { return key >> sorted.position_bits <= row; };
-      const uint64_t* keys = sorted.keys;
-      const int64_t begin = std::partition_point(keys + item.first_entry, keys + i, before) - keys;
-      const int64_t run_end = std::partition_point(keys + i, keys + end, within) - keys;
-      found.push_back({&item, begin, run_end, pieces, nullptr});
-      pieces += found.back().pieces();
-    }
-  }
-  return found;
-}
-
-std::vector<LongRun> sum_long_runs(std::vector<LongRunWork>& work, const SortedEntries& sorted,
-                                   Scratch& scratch) {
-  if (work.empty()) return {};
-  const CpuKernels& kernels = cpu_kernels();
-  const auto width = [](const LongRunWork& w) {
-    return static_cast<size_t>(w.item->dim) * (w.item->param.storage == Storage::kFloat64 ? 8 : 4);
-  };
-  size_t bytes = 0;
-  for (const LongRunWork& w : work) bytes += w.pieces() * width(w);
-  char* place = scratch.get<char>(Scratch::kPieces, bytes);
-  for (LongRunWork& w : work) {
-    w.sums = place;
-    place += w.pieces() * width(w);
-  }
-  for_each_task(work.back().first_piece + work.back().pieces(), [&](int64_t piece) {
-    const auto after =
-        std::upper_bound(work.begin(), work.end(), piece,
-                         [](int64_t p, const LongRunWork& w) { return p < w.first_piece; });
-    const LongRunWork& w = *(after - 1);
-    const int64_t local = piece - w.first_piece, begin = w.begin + local * kPiece;
-    kernels.sum_piece(*w.item, sorted, begin, std::min(begin + kPiece, w.end),
-                      static_cast<char*>(w.sums) + local * width(w));
-  });
-  for_each_task(static_cast<int64_t>(work.size()), [&](int64_t k) {
-    kernels.combine_pieces(*work[k].item, work[k].sums, work[k].pieces());
-  });
-  std::vector<LongRun> runs;
-  for (const LongRunWork& w : work) runs.push_back({w.begin, w.end, w.sums});
-  return runs;
-}
+constexpr int64_t kMaxEntriesPerTask = 4096;
+constexpr int64_t kSerialElements = 32768;  // below this a second thread costs more than it saves
+constexpr int64_t kLongRunStride = 1024;    // runs of twice this length are found for certain
 
 }  // namespace
 
-void update_rows(const std::vector<RowsItem>& items, const SortedEntries& sorted,
-                 Scratch& scratch) {
-  const CpuKernels& kernels = cpu_kernels();
+void RowsRoad::prepare(const std::vector<RowsItem>& items, const SortedEntries& sorted,
+                       Scratch& scratch) {
+  items_ = &items;
+  sorted_ = sorted;
   int64_t elements = 0;
   for (const RowsItem& item : items) elements += item.entries * item.dim;
-  if (elements <= kSerialElements || thread_count() == 1) {
-    for (const RowsItem& item : items)
-      kernels.rows(item, sorted, {}, item.first_entry, item.first_entry + item.entries);
+  serial_ = elements <= kSerialElements || thread_count() == 1;
+  if (serial_) return;
+
+  for (const RowsItem& item : items) {
+    const int64_t entries = std::clamp<int64_t>(kElementsPerTask / std::max<int64_t>(item.dim, 1),
+                                                1, kMaxEntriesPerTask);
+    tasks_.push_back({task_count_, entries});
+    task_count_ += (item.entries + entries - 1) / entries;
+  }
+  find_long_runs();
+  int64_t bytes = 0;
+  for (const LongRunWork& w : long_work_) bytes += w.pieces() * w.sum_bytes();
+  char* place = bytes > 0 ? scratch.get<char>(Scratch::kPieces, bytes) : nullptr;
+  for (LongRunWork& w : long_work_) {
+    w.sums = place;
+    place += w.pieces() * w.sum_bytes();
+    long_runs_.push_back({w.begin, w.end, w.sums});
+  }
+}
+
+// A run that holds both ends of a stride of the sorted entries is long; its bounds by bisection.
+void RowsRoad::find_long_runs() {
+  int64_t pieces = 0;
+  for (const RowsItem& item : *items_) {
+    const int64_t end = item.first_entry + item.entries;
+    for (int64_t i = item.first_entry; i + kLongRunStride < end; i += kLongRunStride) {
+      const uint64_t row = sorted_.row(i);
+      if (sorted_.row(i + kLongRunStride) != row) continue;
+      if (!long_work_.empty() && long_work_.back().end > i) continue;  // known
+      const auto before = [&](uint64_t key) { return key >> sorted_.position_bits < row; };
+      const auto within = [&](uint64_t key) { return key >> sorted_.position_bits <= row; };
+      const uint64_t* keys = sorted_.keys;
+      const int64_t begin = std::partition_point(keys + item.first_entry, keys + i, before) - keys;
+      const int64_t run_end = std::partition_point(keys + i, keys + end, within) - keys;
+      long_work_.push_back({&item, begin, run_end, pieces, nullptr});
+      pieces += long_work_.back().pieces();
+    }
+  }
+}
+
+void RowsRoad::sum_long_runs() const {
+  if (long_work_.empty()) return;
+  const CpuKernels& kernels = cpu_kernels();
+  for_each_task(long_work_.back().first_piece + long_work_.back().pieces(), [&](int64_t piece) {
+    const auto after =
+        std::upper_bound(long_work_.begin(), long_work_.end(), piece,
+                         [](int64_t p, const LongRunWork& w) { return p < w.first_piece; });
+    const LongRunWork& w = *(after - 1);
+    const int64_t local = piece - w.first_piece, begin = w.begin + local * kPiece;
+    kernels.sum_piece(*w.item, sorted_, begin, std::min(begin + kPiece, w.end),
+                      w.sums + local * w.sum_bytes());
+  });
+  for_each_task(static_cast<int64_t>(long_work_.size()), [&](int64_t k) {
+    kernels.combine_pieces(*long_work_[k].item, long_work_[k].sums, long_work_[k].pieces());
+  });
+}
+
+void RowsRoad::run() {
+  if (!items_) return;
+  const CpuKernels& kernels = cpu_kernels();
+  if (serial_) {
+    for (const RowsItem& item : *items_)
+      kernels.rows(item, sorted_, {}, item.first_entry, item.first_entry + item.entries);
     return;
   }
-
-  std::vector<LongRunWork> work = find_long_runs(items, sorted);
-  const std::vector<LongRun> runs = sum_long_runs(work, sorted, scratch);
-  const LongRuns long_runs{runs.data(), static_cast<int64_t>(runs.size())};
-
-  struct Tasks {
-    int64_t first, entries;
-  };
-  std::vector<Tasks> tasks;
-  int64_t count = 0;
-  for (const RowsItem& item : items) {
-    const int64_t entries = std::clamp<int64_t>(kElementsPerTask / item.dim, 1, 4096);
-    tasks.push_back({count, entries});
-    count += (item.entries + entries - 1) / entries;
-  }
-  for_each_task(count, [&](int64_t task) {
-    const auto after = std::upper_bound(tasks.begin(), tasks.end(), task,
+  sum_long_runs();
+  const LongRuns long_runs{long_runs_.data(), static_cast<int64_t>(long_runs_.size())};
+  for_each_task(task_count_, [&](int64_t task) {
+    const auto after = std::upper_bound(tasks_.begin(), tasks_.end(), task,
                                         [](int64_t t, const Tasks& x) { return t < x.first; });
-    const size_t k = after - 1 - tasks.begin();
-    const int64_t begin = (task - tasks[k].first) * tasks[k].entries;
-    const int64_t end = std::min(begin + tasks[k].entries, items[k].entries);
-    kernels.rows(items[k], sorted, long_runs, items[k].first_entry + begin,
-                 items[k].first_entry + end);
+    const size_t k = after - 1 - tasks_.begin();
+    const RowsItem& item = (*items_)[k];
+    const int64_t begin = (task - tasks_[k].first) * tasks_[k].entries;
+    const int64_t end = std::min(begin + tasks_[k].entries, item.entries);
+    kernels.rows(item, sorted_, long_runs, item.first_entry + begin, item.first_entry + end);
   });
 }
 

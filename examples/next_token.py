@@ -62,7 +62,7 @@ class LearningRates:
 
 
 # Found by --tune, see SWEEP_FILE.
-TUNED = {TIGER: LearningRates(8e-3, 2e-3), ADAM: LearningRates(8e-3, 4e-3)}
+TUNED = {TIGER: LearningRates(2.4e-2, 6e-3), ADAM: LearningRates(2.4e-2, 6e-3)}
 
 
 class NextToken(nn.Module):
@@ -290,7 +290,7 @@ def tune(name: str, model: NextToken, task: Task, steps: int, limit: int) -> dic
                 break
             best, tried_in_vain = candidate, 0
         tried_in_vain += 1
-        if tried_in_vain > len(moves) or len(losses) >= limit:
+        if tried_in_vain >= len(moves) or len(losses) >= limit:
             break
     return {
         "name": name,

@@ -616,14 +616,17 @@ def test_swapped_tensors(rule):
 
 
 @every_rule
-def test_replaced_state(rule):
+@pytest.mark.parametrize("layout", ["dense", "sparse"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+def test_replaced_state(rule, layout, dtype):
     p = parameter(20, 3)
     opt = rule([p])
     p.grad = dense_grad(p)
     opt.step()
     for name, value in opt.state[p].items():
         if name != "step":
-            opt.state[p][name] = value.clone().T.contiguous().T.double()
+            opt.state[p][name] = value.clone().T.contiguous().T.to(dtype)
+    p.grad = sparse_grad(p, 30) if layout == "sparse" else dense_grad(p)
     with verified(opt):
         opt.step()
 

@@ -38,7 +38,10 @@ class _ReferenceUpdate:
     group: dict[str, Any]
 
     def check(self) -> None:
+        """Check parameter and gradient; the state may still be missing."""
         p, g = self.param, self.grad
+        if p.layout != torch.strided:
+            raise RuntimeError(f"the parameter has layout {p.layout}, expected torch.strided")
         if p.dtype not in _FLOATS or g.dtype not in _FLOATS:
             raise RuntimeError(
                 f"the parameter has dtype {p.dtype} and the gradient {g.dtype}, expected one of "
@@ -53,14 +56,18 @@ class _ReferenceUpdate:
                 f"the gradient has shape {list(g.shape)} on device {g.device}, the parameter has "
                 f"shape {list(p.shape)} on device {p.device}"
             )
+        if g.layout == torch.sparse_coo and g.device.type != "meta":
+            reference.check_indices(g._indices(), p.shape)
+
+    def check_state(self) -> None:
+        """Check that the state fits the parameter."""
+        p = self.param
         for name, s in self.state.items():
             if name != "step" and s.shape != p.shape:
                 raise RuntimeError(
                     f"the state {name} has shape {list(s.shape)}, the parameter has shape "
                     f"{list(p.shape)}"
                 )
-        if g.layout == torch.sparse_coo and g.device.type != "meta":
-            reference.check_indices(g._indices(), p.shape)
 
     def apply(self, grad_scale: float) -> None:
         g = self.grad
@@ -160,14 +167,14 @@ class MixedOptimizer(torch.optim.Optimizer):
             raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
         group = complete_group(param_group, self.defaults, self._algorithm)
         params = group["params"]
-        if not isinstance(params, (Tensor, set)):
+        if isinstance(params, Tensor):
+            params = group["params"] = [params]
+        elif not isinstance(params, set):  # which the base class refuses
             params = group["params"] = list(params)
-            for p in params:
-                tensor = p[1] if isinstance(p, tuple) else p
-                if isinstance(tensor, Tensor) and tensor.is_complex():
-                    raise ValueError(
-                        f"complex parameters are not supported, got dtype {tensor.dtype}"
-                    )
+        for p in params:
+            tensor = p[1] if isinstance(p, tuple) else p
+            if isinstance(tensor, Tensor) and tensor.is_complex():
+                raise ValueError(f"complex parameters are not supported, got dtype {tensor.dtype}")
         if group["fused"] and _native.unavailable:
             raise RuntimeError(f"fused=True, but {_native.unavailable}")
         super().add_param_group(group)
@@ -214,7 +221,7 @@ class MixedOptimizer(torch.optim.Optimizer):
 
         native = _native.C.Step(grad_scale) if _native.C is not None else None
         on_reference: list[_ReferenceUpdate] = []
-        created: list[Tensor] = []
+        created: list[tuple[Tensor, str]] = []
         try:
             for index, group in enumerate(self.param_groups):
                 if native is None or group["fused"] is False:
@@ -228,8 +235,10 @@ class MixedOptimizer(torch.optim.Optimizer):
             if native is not None:
                 native.prepare()
         except BaseException as error:
-            for p in created:
-                del self.state[p]
+            for p, name in created:
+                del self.state[p][name]
+                if not self.state[p]:
+                    del self.state[p]
             if _native.C is not None and isinstance(error, _native.C.UpdateError):
                 kind, index, position, message = error.args
                 exception = IndexError if kind == "index" else RuntimeError
@@ -241,7 +250,7 @@ class MixedOptimizer(torch.optim.Optimizer):
             update.apply(grad_scale)
 
     def _add_to_native(
-        self, native: Any, index: int, group: dict[str, Any], created: list[Tensor]
+        self, native: Any, index: int, group: dict[str, Any], created: list[tuple[Tensor, str]]
     ) -> list[int]:
         """Add a group to the native step; return the positions that have no native kernel."""
         kinds = _native.C.RuleKind  # type: ignore[union-attr]
@@ -267,48 +276,49 @@ class MixedOptimizer(torch.optim.Optimizer):
         index: int,
         group: dict[str, Any],
         positions: Iterable[int],
-        created: list[Tensor],
+        created: list[tuple[Tensor, str]],
     ) -> None:
         for position in positions:
             p = group["params"][position]
             if p.grad is None:
                 continue
-            self._init_state(p, group, created)
-            update = _ReferenceUpdate(p, p.grad, self.state[p], group)
+            update = _ReferenceUpdate(p, p.grad, {}, group)
             try:
                 update.check()
+                update.state = self._init_state(p, group, created)
+                update.check_state()
             except (RuntimeError, IndexError) as error:
                 raise type(error)(f"{self._label(index, position)}: {error}") from None
             updates.append(update)
 
-    def _init_state(self, p: Tensor, group: dict[str, Any], created: list[Tensor]) -> None:
+    def _init_state(
+        self, p: Tensor, group: dict[str, Any], created: list[tuple[Tensor, str]]
+    ) -> dict[str, Any]:
         """Create what is missing of a parameter's state, zero, in the parameter's memory format."""
-        if p not in self.state:
-            created.append(p)
-        state = self.state[p]
+        wanted: dict[str, torch.dtype] = {}
         momentum_dtype = group["momentum_dtype"] or p.dtype
-
+        if group["algorithm"] != "adamw" or group["betas"][0] > 0:
+            wanted["exp_avg"] = momentum_dtype
+        if group["algorithm"] == "adamw":
+            # 1 - beta2 is too small a step for a narrower type than the parameter's own.
+            wanted["exp_avg_sq"] = torch.promote_types(momentum_dtype, p.dtype)
+            wanted["step"] = torch.int64
+        state = self.state[p]
         large_table = _is_large_table(p)
-
-        def zeros(dtype: torch.dtype) -> Tensor:
-            tensor = torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format)
-            if large_table:
-                _advise_huge_pages(tensor, present=False)
-            return tensor.zero_()
-
         if large_table and not state:
             _advise_huge_pages(p, present=True)
-
-        if group["algorithm"] != "adamw" or group["betas"][0] > 0:
-            state.setdefault("exp_avg", None)
-            if state["exp_avg"] is None:
-                state["exp_avg"] = zeros(momentum_dtype)
-        if group["algorithm"] == "adamw":
-            if "exp_avg_sq" not in state:
-                # 1 - beta2 is too small a step for a narrower type than the parameter's own.
-                state["exp_avg_sq"] = zeros(torch.promote_types(momentum_dtype, p.dtype))
-            if "step" not in state:
-                state["step"] = torch.zeros((), dtype=torch.int64)
+        for name, dtype in wanted.items():
+            if name in state:
+                continue
+            created.append((p, name))
+            if name == "step":
+                state[name] = torch.zeros((), dtype=dtype)
+                continue
+            state[name] = torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format)
+            if large_table:
+                _advise_huge_pages(state[name], present=False)
+            state[name].zero_()
+        return state
 
     # ------------------------------------------------------------------------------- messages
 
@@ -380,6 +390,7 @@ def _is_large_table(p: Tensor) -> bool:
     return (
         _native.C is not None
         and p.device.type == "cpu"
+        and p.layout == torch.strided
         and p.grad is not None
         and p.grad.layout == torch.sparse_coo
         and p.nbytes >= _LARGE_TABLE_BYTES

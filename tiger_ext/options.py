@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -90,7 +91,7 @@ _OTHER_KEYS = frozenset(
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _finite_at_least_zero(value: Any) -> bool:
@@ -152,7 +153,7 @@ _NOT_YET: dict[str, tuple[Any, tuple[Any, ...]]] = {
 def _is_planned(name: str, value: Any) -> bool:
     if name == "accumulation_steps":
         return isinstance(value, int) and not isinstance(value, bool) and value > 1
-    return any(value is later or value == later for later in _NOT_YET[name][1])
+    return any(type(value) is type(later) and value == later for later in _NOT_YET[name][1])
 
 
 def check_option(name: str, value: Any, algorithm: Algorithm) -> None:

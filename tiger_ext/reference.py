@@ -60,7 +60,8 @@ def adamw(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Return the new (param, exp_avg, exp_avg_sq) of AdamW at step number ``step``.
 
-    Loshchilov & Hutter 2019, arXiv 1711.05101. ``exp_avg`` is None when ``beta1`` is 0. All tensors have one shape and the arithmetic dtype.
+    Loshchilov & Hutter 2019, arXiv 1711.05101. ``exp_avg`` is None when ``beta1`` is 0. All tensors
+    have one shape and the arithmetic dtype.
     """
     if exp_avg is None:
         m = grad

@@ -12,11 +12,11 @@ import argparse
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby, product
+from itertools import groupby, product, zip_longest
 
 import harness
 import torch
-from harness import Bar, Contender, Race, Report, geometric_mean
+from harness import Bar, Cell, Contender, Report, geometric_mean
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import SGD, Adagrad, Optimizer, SparseAdam
@@ -79,9 +79,7 @@ class SparseCell:
     def _gradient(self, rows: int, generator: torch.Generator) -> Tensor:
         ids = harness.make_ids(self.ids, rows, self.n, generator)
         values = torch.randn(self.n, self.dim, generator=generator).mul_(0.01).to(self.dtype)
-        gradient = torch.sparse_coo_tensor(
-            ids[None], values, (rows, self.dim), check_invariants=False
-        )
+        gradient = torch.sparse_coo_tensor(ids[None], values, (rows, self.dim))
         return gradient.coalesce() if self.coalesced else gradient
 
     def floor_bytes(self, gradients: Sequence[Sequence[Tensor]], state_tensors: int) -> int:
@@ -131,9 +129,7 @@ class Tables:
         """Let an optimizer create its state, the way it does for its users."""
         self.set_gradients(
             [
-                torch.sparse_coo_tensor(
-                    [[0]], torch.ones(1, p.shape[1], dtype=p.dtype), p.shape, check_invariants=False
-                )
+                torch.sparse_coo_tensor([[0]], torch.ones(1, p.shape[1], dtype=p.dtype), p.shape)
                 for p in self.params
             ]
         )
@@ -288,13 +284,13 @@ def full_matrix() -> list[SparseCell]:
     return [*grid, *wide, *hashed, *real_shapes()]
 
 
-def measure_matrix(cells: Iterable[SparseCell], report: Report) -> dict[SparseCell, Race]:
+def measure_matrix(cells: Iterable[SparseCell], report: Report) -> dict[SparseCell, Cell]:
     """Time every cell that fits into memory."""
 
     def same_tables(cell: SparseCell) -> tuple:
         return cell.table_bytes, cell.tables, cell.dim, str(cell.dtype), cell.sign_only
 
-    races: dict[SparseCell, Race] = {}
+    results: dict[SparseCell, Cell] = {}
     ordered = harness.progress(sorted(cells, key=same_tables), "matrix")
     for _, group in groupby(ordered, key=same_tables):
         tables = None
@@ -303,8 +299,8 @@ def measure_matrix(cells: Iterable[SparseCell], report: Report) -> dict[SparseCe
             if tables is None:
                 report.note(f"{cell.name} left out: too large for the memory of this machine")
                 continue
-            races[cell] = _measure(cell, *tables, report)
-    return races
+            results[cell] = _measure(cell, *tables, report)
+    return results
 
 
 def _rotations(floor_bytes: int) -> int:
@@ -312,10 +308,12 @@ def _rotations(floor_bytes: int) -> int:
     return max(2, min(32, math.ceil(_TOUCHED_BY_A_ROTATION / max(floor_bytes, 1))))
 
 
-def _measure(cell: SparseCell, mode: str, tables: Sequence[Tables], report: Report) -> Race:
+def _measure(cell: SparseCell, mode: str, tables: Sequence[Tables], report: Report) -> Cell:
     at_most = (cell.n * len(cell.tables)) * cell.dim * cell.dtype.itemsize * 5
     gradients = cell.gradients(_rotations(at_most))
-    contenders = [c for t in tables for c in t.contenders(gradients)]
+    by_set = [t.contenders(gradients) for t in tables]
+    # Ours and torch's take turns, lest one of ours finds the table in cache after another of ours.
+    contenders = [c for turn in zip_longest(*by_set) for c in turn if c is not None]
     race = harness.alternate(
         contenders,
         len(gradients),
@@ -323,7 +321,7 @@ def _measure(cell: SparseCell, mode: str, tables: Sequence[Tables], report: Repo
         min_rounds=3 if at_most > 512 << 20 else 5,
     )
     floor = cell.floor_bytes(gradients, state_tensors=1)
-    report.add(
+    return report.add(
         cell.name,
         race,
         "Tiger",
@@ -332,7 +330,6 @@ def _measure(cell: SparseCell, mode: str, tables: Sequence[Tables], report: Repo
         in_geometric_means=cell.in_matrix,
         tables=mode,
     )
-    return race
 
 
 # ------------------------------------------------------------------------------ growth and skew
@@ -351,7 +348,7 @@ def measure_growth(report: Report) -> float:
         add_tiger(tables)
         gradients = cell.gradients(16)
         (tiger,) = tables.contenders(gradients)
-        contenders.append(replace(tiger, name=f"Tiger, {r:.0e} rows"))
+        contenders.append(replace(tiger, name=f"Tiger, 1e{round(math.log10(r))} rows"))
     race = harness.alternate(contenders, 16, budget=2.0)
     small, large = (c.name for c in contenders)
     report.add(f"growth, D {dim}, n {n:,}, uniform", race, small)
@@ -363,7 +360,7 @@ def measure_skew(report: Report) -> float:
     """Return the largest time on skewed ids over that on uniform ids, all in turn on one table."""
     shapes = [(64, 65536), (16, 262144), (128, 65536)]
     kinds = ("uniform", "zipf 1.05", "zipf 1.15", ONE_ROW)
-    worst = math.nan
+    ratios = []
     for dim, n in harness.progress(shapes[:1] if report.args.quick else shapes, "skew"):
         tables = Tables.create([(10**6, dim)], torch.float32)
         add_tiger(tables)
@@ -375,8 +372,9 @@ def measure_skew(report: Report) -> float:
         race = harness.alternate(contenders, 4, budget=0.2 if report.args.quick else 2.0)
         uniform = contenders[0].name
         report.add(f"skew, 1e6 x {dim}, n {n:,}", race, uniform)
-        worst = max([worst, *(r.median for r in race.ratios_to(uniform).values())])
-    return worst
+        # A ratio of the report is how many times slower than uniform the skewed ids are.
+        ratios += [ratio.median for ratio in race.ratios_to(uniform).values()]
+    return max(ratios)
 
 
 # --------------------------------------------------------------------------------- verification
@@ -403,28 +401,31 @@ def verify() -> None:
 # ------------------------------------------------------------------------------------- the bars
 
 
-def _ratios(races: dict[SparseCell, Race], peer: str, ours: str) -> list[float]:
-    pairs = (race.ratio(peer, ours) for cell, race in races.items() if cell.in_matrix)
+def _ratios(cells: dict[SparseCell, Cell], peer: str, ours: str) -> list[float]:
+    pairs = (result.race.ratio(peer, ours) for cell, result in cells.items() if cell.in_matrix)
     return [ratio.median for ratio in pairs if ratio is not None]
 
 
-def _floor_shares(races: dict[SparseCell, Race], report: Report, ids: str, dims: range) -> float:
+def _floor_share(cells: dict[SparseCell, Cell], ids: str, dims: range) -> float:
     """Return the geometric mean over float32 cells of at least 65,536 entries, out of cache."""
-    shares = []
-    for cell, figures in zip(races, (c.figures for c in report.cells), strict=False):
+
+    def counts(cell: SparseCell) -> bool:
         wanted = cell.ids.startswith(ids) and cell.dim in dims and cell.n >= 65536
         large = cell.table_bytes >= OUT_OF_CACHE_BYTES and cell.dtype == torch.float32
-        if wanted and large and cell.in_matrix:
-            shares.append(figures["floor_share"])
-    return geometric_mean(shares)
+        return wanted and large and cell.in_matrix and not cell.coalesced
+
+    return geometric_mean(r.figures["floor_share"] for cell, r in cells.items() if counts(cell))
 
 
-def bars(races: dict[SparseCell, Race], report: Report, growth: float, skew: float) -> list[Bar]:
-    adam, sgd = (_ratios(races, peer, "Tiger") for peer in ("torch SparseAdam", "torch SGD"))
-    below, wide = range(64, 4096), range(4096, 4097)
+def bars(cells: dict[SparseCell, Cell], growth: float, skew: float) -> list[Bar]:
+    adam, sgd = (_ratios(cells, peer, "Tiger") for peer in ("torch SparseAdam", "torch SGD"))
+    narrow, wide = range(64, 4096), range(4096, 4097)
 
     def mean(peer: str, ours: str) -> float:
-        return geometric_mean(_ratios(races, peer, ours))
+        return geometric_mean(_ratios(cells, peer, ours))
+
+    def share(ids: str, dims: range) -> float:
+        return _floor_share(cells, ids, dims)
 
     return [
         Bar("Tiger vs SparseAdam, geometric mean", geometric_mean(adam), 12, 20),
@@ -434,9 +435,9 @@ def bars(races: dict[SparseCell, Race], report: Report, growth: float, skew: flo
         Bar("Tiger vs Adagrad, geometric mean", mean("torch Adagrad", "Tiger")),
         Bar("Lion vs SparseAdam, geometric mean", mean("torch SparseAdam", "Lion")),
         Bar("AdamW vs SparseAdam, geometric mean", mean("torch SparseAdam", "AdamW"), 8, 15),
-        Bar("floor share, uniform, D >= 64", _floor_shares(races, report, "uniform", below), 0.35, 0.6),
-        Bar("floor share, Zipf, D >= 64", _floor_shares(races, report, "zipf", below), 0.2, 0.4),
-        Bar("floor share, D = 4096", _floor_shares(races, report, "", wide), 0.85, 0.95),
+        Bar("floor share, uniform, D >= 64", share("uniform", narrow), 0.35, 0.6),
+        Bar("floor share, Zipf, D >= 64", share("zipf", narrow), 0.2, 0.4),
+        Bar("floor share, D = 4096", share("", wide), 0.85, 0.95),
         Bar("time, 1e8 rows over 1e6 rows", growth, 2, 1.3, at_most=True),
         Bar("time, Zipf or one row over uniform, worst", skew, 1, at_most=True),
     ]
@@ -452,15 +453,15 @@ def main() -> None:
     args = harness.parse_arguments(__doc__, _options)
     verify()
     report = Report("bench_sparse", "Row-sparse optimizer step on the CPU", args)
-    races: dict[SparseCell, Race] = {}
+    cells: dict[SparseCell, Cell] = {}
     skew = growth = math.nan
     if not args.growth:
         matrix = quick_matrix() if args.quick else full_matrix() if args.full else default_matrix()
-        races = measure_matrix(matrix, report)
+        cells = measure_matrix(matrix, report)
         skew = measure_skew(report)
     if args.growth or not args.quick:
         growth = measure_growth(report)
-    report.finish(bars(races, report, growth, skew))
+    report.finish(bars(cells, growth, skew))
 
 
 if __name__ == "__main__":

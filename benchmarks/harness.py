@@ -363,6 +363,8 @@ def parse_arguments(
     # Peers that bring an OpenMP runtime of their own read this when they are first imported.
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     torch.manual_seed(0)
+    # What torch does anyway, said aloud: else its optimizers warn.
+    torch.sparse.check_sparse_tensor_invariants.disable()
     return args
 
 
@@ -499,22 +501,9 @@ class Report:
         machine, rate = self.machine, self.bandwidth.median / 1e9
         print(f"\n{self.claim}\n{machine['cpu']}, {machine['threads']} threads, ", end="")
         print(f"torch {machine['torch']}; in-place bandwidth {rate:.1f} GB/s")
-        contenders = list(dict.fromkeys(n for c in self.cells for n in c.race.timings))
-        shown = (n for c in self.cells for n, v in c.figures.items() if isinstance(v, float))
-        figures = list(dict.fromkeys(shown))
-        rows = []
-        for cell in self.cells:
-            row = [cell.name]
-            for name in contenders:
-                timing = cell.race.timings.get(name)
-                ratio = cell.race.ratio(name, cell.ours)
-                text = format_number(timing.median * 1e3) if timing else "-"
-                if ratio and name != cell.ours:
-                    text += f" ({ratio.median:.1f}x{'?' if ratio.noisy else ''})"
-                row.append(text)
-            rows.append(row + [format_number(cell.figures.get(f)) for f in figures])
-        print("median ms (times the first contender's; ?: the best runs disagree by over 20 %)\n")
-        print(format_table(["cell", *contenders, *figures], rows))
+        print("median ms (times the first contender's; ?: the best runs disagree by over 20 %)")
+        for ours in dict.fromkeys(c.ours for c in self.cells):
+            print("\n" + _table_of_cells([c for c in self.cells if c.ours == ours]))
         noisy = [r.noisy for c in self.cells for r in c.race.ratios_to(c.ours).values()]
         print(f"\n{sum(noisy)} of {len(noisy)} ratios are noisy\n")
         print(
@@ -557,26 +546,54 @@ class Report:
             from matplotlib import pyplot
         except ImportError:
             return False
-        peers = list(dict.fromkeys(n for c in self.cells for n in c.race.ratios_to(c.ours)))
+        cells = [c for c in self.cells if c.ours == self.cells[0].ours]
+        peers = list(dict.fromkeys(n for c in cells for n in c.race.ratios_to(c.ours)))
         if not peers:
             return False
-        height = 1.5 + 0.22 * len(self.cells)
+        height = 1.5 + 0.22 * len(cells)
         figure, axes = pyplot.subplots(figsize=(9, height), layout="constrained")
         for peer in peers:
-            points = [(c.race.ratio(peer, c.ours), y) for y, c in enumerate(self.cells)]
+            points = [(c.race.ratio(peer, c.ours), y) for y, c in enumerate(cells)]
             known = [(r.median, y) for r, y in points if r is not None]
             axes.plot(*zip(*known, strict=True), "o", markersize=4, label=peer)
         axes.axvline(1.0, color="black", linewidth=1)
         axes.set_xscale("log")
-        axes.set_yticks(range(len(self.cells)), [c.name for c in self.cells], fontsize=7)
+        axes.set_yticks(range(len(cells)), [c.name for c in cells], fontsize=7)
         axes.invert_yaxis()
-        axes.set_xlabel(f"median time relative to {self.cells[0].ours} (log)")
+        axes.set_xlabel(f"median time relative to {cells[0].ours} (log)")
         axes.set_title(f"{self.claim}\n{self.machine['cpu']}, {self.machine['threads']} threads")
         axes.legend(fontsize=7)
         axes.grid(axis="x", alpha=0.3)
         figure.savefig(path, dpi=130)
         pyplot.close(figure)
         return True
+
+
+def _table_of_cells(cells: Sequence[Cell]) -> str:
+    ours = cells[0].ours
+    others = dict.fromkeys(n for c in cells for n in c.race.timings if n != ours)
+    shown = (n for c in cells for n, v in c.figures.items() if isinstance(v, float))
+    figures = list(dict.fromkeys(shown))
+
+    def time_and_ratio(cell: Cell, name: str) -> str:
+        timing = cell.race.timings.get(name)
+        if timing is None:
+            return "-"
+        ratio = cell.race.ratio(name, ours)
+        note = f" ({ratio.median:#.3g}x{'?' if ratio.noisy else ''})" if ratio else ""
+        return format_number(timing.median * 1e3) + (note if name != ours else "")
+
+    return format_table(
+        ["cell", ours, *others, *figures],
+        (
+            [
+                c.name,
+                *(time_and_ratio(c, name) for name in (ours, *others)),
+                *(format_number(c.figures.get(f)) for f in figures),
+            ]
+            for c in cells
+        ),
+    )
 
 
 def _limit(limit: float | None, at_most: bool) -> str:

@@ -68,7 +68,8 @@ class Step {
       const at::Tensor grad = materialized(param.unsafeGetTensorImpl()->grad());
       DeviceStep* device = device_step(param);
       const bool sparse = grad.layout() == at::kSparse;
-      if (!device || !plain(param) || !is_storage_type(param.scalar_type()) || !plain(grad) ||
+      if (!device || !plain(param) || param.layout() != at::kStrided ||
+          !is_storage_type(param.scalar_type()) || !plain(grad) ||
           !(sparse || grad.layout() == at::kStrided)) {
         not_native.append(i);
         continue;

@@ -46,12 +46,14 @@ class Contender:
     """One side of a comparison.
 
     ``run(i)`` is timed; ``prepare(i)``, if given, is not. ``i`` is the rotation index: which of the
-    inputs to use.
+    inputs to use. ``rest``: seconds to sleep before and after, for a contender with a thread pool
+    of its own: idle threads spin for a while, and would take a core from the next.
     """
 
     name: str
     run: Callable[[int], object]
     prepare: Callable[[int], object] | None = None
+    rest: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -106,9 +108,14 @@ class Race:
 def _timed(contender: Contender, rotation: int) -> float:
     if contender.prepare is not None:
         contender.prepare(rotation)
+    if contender.rest:
+        time.sleep(contender.rest)
     start = time.perf_counter()
     contender.run(rotation)
-    return time.perf_counter() - start
+    seconds = time.perf_counter() - start
+    if contender.rest:
+        time.sleep(contender.rest)
+    return seconds
 
 
 def alternate(
@@ -118,7 +125,6 @@ def alternate(
     budget: float = 1.0,
     min_rounds: int = 5,
     max_rounds: int = 200,
-    pause: float = 0.0,
 ) -> Race:
     """Time the contenders in turn, A B C A B C ...
 
@@ -131,8 +137,6 @@ def alternate(
         budget: seconds for the timed rounds, within ``min_rounds`` and ``max_rounds``.
         min_rounds: at least so many rounds.
         max_rounds: at most so many rounds.
-        pause: seconds to sleep before each timed call, where contenders bring thread pools of their
-            own, whose idle threads spin for a while.
     """
     running: list[Contender] = []
     race = Race({})
@@ -144,7 +148,7 @@ def alternate(
             race.left_out[contender.name] = one_line(error)
             continue
         running.append(contender)
-        round_time += statistics.median(times) + pause
+        round_time += statistics.median(times)
 
     rounds = max(min_rounds, min(max_rounds, int(budget / max(round_time, 1e-9))))
     seconds: dict[str, list[float]] = {c.name: [] for c in running}
@@ -153,8 +157,6 @@ def alternate(
     try:
         for round_ in range(rounds):
             for position, contender in enumerate(running):
-                if pause:
-                    time.sleep(pause)
                 seconds[contender.name].append(_timed(contender, (round_ + position) % rotations))
     finally:
         gc.enable()
@@ -249,7 +251,8 @@ def fill_random_(tensor: Tensor, scale: float = 1.0, *, positive: bool = False) 
 
 
 def available_bytes() -> int:
-    """Return how much memory can be allocated without swapping."""
+    """Return how much memory can be allocated without swapping, once garbage is collected."""
+    gc.collect()
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         for line in meminfo.read_text().splitlines():
@@ -407,9 +410,7 @@ def describe_machine() -> dict[str, Any]:
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "memory_gib": round(
-            os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1
-        ),
+        "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
         "transparent_hugepage": huge_pages.read_text().strip() if huge_pages.exists() else None,
         "load_before": list(os.getloadavg()),
         "python": platform.python_version(),

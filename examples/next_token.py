@@ -62,7 +62,7 @@ class LearningRates:
 
 
 # Found by --tune, see SWEEP_FILE.
-TUNED = {TIGER: LearningRates(2.4e-2, 6e-3), ADAM: LearningRates(2.4e-2, 6e-3)}
+TUNED = {TIGER: LearningRates(4.8e-2, 6e-3), ADAM: LearningRates(9.6e-2, 6e-3)}
 
 
 class NextToken(nn.Module):

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+import tiger_ext
 from hypothesis import settings
 
 settings.register_profile("tests", derandomize=True, deadline=None, database=None)
@@ -27,9 +29,9 @@ def run_python():
 
     def run(program: str, *, check: bool = True, **environment: str):
         here = Path(__file__).resolve().parent
-        path = os.pathsep.join(filter(None, [*sys.path[:0], os.environ.get("PYTHONPATH")]))
+        package = Path(tiger_ext.__file__).resolve().parent.parent  # the one under test
         env = {k: v for k, v in os.environ.items() if not k.startswith("TIGER_EXT_")}
-        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(here), str(here.parent), path]))
+        env["PYTHONPATH"] = os.pathsep.join([str(here), str(package)])
         result = subprocess.run(
             [sys.executable, "-c", program],
             env={**env, **environment},

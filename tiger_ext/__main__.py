@@ -57,7 +57,7 @@ def self_test(device: str) -> None:
         generator = torch.Generator().manual_seed(0)
         start = torch.randn(rows, dim, generator=generator)
         tested, expected = (
-            [torch.nn.Parameter(start.to(d, t)) for _ in range(2)]
+            [torch.nn.Parameter(start.to(d, t, copy=True)) for _ in range(2)]
             for d, t in ((device, torch.float32), ("cpu", torch.float64))
         )
         steppers = (

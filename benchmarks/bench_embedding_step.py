@@ -168,14 +168,6 @@ def fbgemm_contenders(
         return [contender(name) for name in names]
 
 
-def _mixed(ours: list[Contender], theirs: list[Contender]) -> list[Contender]:
-    """Spread ``theirs`` among ``ours``, so that neighbours rarely share a table."""
-    mixed = list(ours)
-    for position, contender in enumerate(theirs):
-        mixed.insert(min(len(mixed), 2 * position + 1), contender)
-    return mixed
-
-
 def measure(cell: EmbeddingCell, fbgemm: list[str], report: Report) -> None:
     """Time a cell, unless it is too large for the memory."""
     table_bytes = 4 * cell.rows * cell.dim
@@ -186,10 +178,10 @@ def measure(cell: EmbeddingCell, fbgemm: list[str], report: Report) -> None:
     lookups = Lookup.draw(cell, rotations)
     tables = bench_sparse.create_shared(Tables.create([(cell.rows, cell.dim)], torch.float32))
     race = harness.alternate(
-        _mixed(
-            torch_contenders(tables, cell.bag, lookups),
-            fbgemm_contenders(fbgemm, tables.params[0].detach(), lookups),
-        ),
+        [
+            *torch_contenders(tables, cell.bag, lookups),
+            *fbgemm_contenders(fbgemm, tables.params[0].detach(), lookups),
+        ],
         rotations,
         budget=0.3 if report.args.quick else 4.0,
     )

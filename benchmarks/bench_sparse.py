@@ -12,7 +12,7 @@ import argparse
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby, product, zip_longest
+from itertools import groupby, product
 
 import harness
 import torch
@@ -311,13 +311,8 @@ def _rotations(floor_bytes: int) -> int:
 def _measure(cell: SparseCell, mode: str, tables: Sequence[Tables], report: Report) -> Cell:
     at_most = (cell.n * len(cell.tables)) * cell.dim * cell.dtype.itemsize * 5
     gradients = cell.gradients(_rotations(at_most))
-    everyone = [c for t in tables for c in t.contenders(gradients)]
-    ours = [c for c in everyone if not c.name.startswith("torch")]
-    theirs = [c for c in everyone if c.name.startswith("torch")]
-    # Ours and torch's take turns, lest one of ours finds the table in cache after another of ours.
-    contenders = [c for turn in zip_longest(ours, theirs) for c in turn if c is not None]
     race = harness.alternate(
-        contenders,
+        [contender for t in tables for contender in t.contenders(gradients)],
         len(gradients),
         budget=0.2 if report.args.quick else 1.0,
         min_rounds=3 if at_most > 512 << 20 else 5,

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 import tiger_ext
-from hypothesis import settings
 
 settings.register_profile("tests", derandomize=True, deadline=None, database=None)
 settings.load_profile("tests")

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import tiger_ext
+
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "examples" / "next_token.py"
 
@@ -18,11 +20,13 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
 
-def run_script(*arguments: str, path: Path = ROOT) -> subprocess.CompletedProcess:
-    search = [str(path), str(ROOT), os.environ.get("PYTHONPATH", "")]
+PACKAGE = Path(tiger_ext.__file__).resolve().parents[1]  # the one under test
+
+
+def run_script(*arguments: str, path: Path = PACKAGE) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, str(SCRIPT), *arguments],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, search))},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(path), str(PACKAGE)])},
         capture_output=True,
         text=True,
         timeout=600,

@@ -2,11 +2,12 @@
 import time
 
 import psutil
+import pytest
 import torch
 from cases import every_rule
 from torch.nn import Parameter
 
-from tiger_ext import Tiger
+from tiger_ext import AdamW, Tiger
 
 MIB = 2**20
 
@@ -82,3 +83,21 @@ def test_a_step_costs_by_entries_not_by_rows():
     # A single byte per row would be 10 MB; one pass over the table takes tens of milliseconds.
     assert resident() - before < 4 * MIB
     assert min(times) < 5e-3
+
+
+@pytest.mark.parametrize("rule", [Tiger, AdamW])
+def test_huge_pages_change_no_content(rule):
+    # Large enough for the advice, whose range starts and ends inside the tables.
+    start = torch.randn(150_001, 64)
+    p = Parameter(start.clone())
+    rows = torch.arange(0, 150_001, 1009)
+    p.grad = torch.sparse_coo_tensor(rows[None], torch.ones(len(rows), 64), p.shape)
+    opt = rule([p], weight_decay=0.1)
+    opt.step()
+    untouched = torch.ones(len(p), dtype=torch.bool)
+    untouched[rows] = False
+    assert torch.equal(p.detach()[untouched], start[untouched])
+    assert not torch.any(p.detach()[rows] == start[rows])
+    for state in opt.state[p].values():
+        if state.dim():
+            assert not state[untouched].any() and state[rows].all()

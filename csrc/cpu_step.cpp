@@ -84,7 +84,7 @@ class CpuStep final : public DeviceStep {
     if (!order.is_non_overlapping_and_dense())
       order = at::empty(u.param.sizes(), u.param.options().device(at::kMeta));
     DenseItem item;
-    item.rule = u.rule;
+    item.rule = shared_rule(u.rule);
     item.numel = u.param.numel();
     item.param = writable(u, u.param, order, "the parameter");
     for (int k = 0; k < rule_names(u.rule.kind).states; ++k)
@@ -100,7 +100,7 @@ class CpuStep final : public DeviceStep {
   void add_rows(const Update& u) {
     const int64_t sparse_dim = u.indices.size(0);
     RowsItem item;
-    item.rule = u.rule;
+    item.rule = shared_rule(u.rule);
     item.rows = 1;
     for (int64_t d = 0; d < sparse_dim; ++d) item.rows *= u.param.size(d);
     item.dim = 1;
@@ -132,6 +132,12 @@ class CpuStep final : public DeviceStep {
     row_updates_.push_back({});  // for messages only: no tensors
     row_updates_.back().group = u.group;
     row_updates_.back().position = u.position;
+  }
+
+  // Most parameters of a group share one rule.
+  const RuleParams* shared_rule(const RuleParams& rule) {
+    if (rules_.empty() || !(rules_.back() == rule)) rules_.push_back(rule);
+    return &rules_.back();
   }
 
   RowLayout row_layout(const at::Tensor& t, int64_t sparse_dim) {
@@ -176,6 +182,7 @@ class CpuStep final : public DeviceStep {
     return numbers_.back().data();
   }
 
+  std::deque<RuleParams> rules_;
   std::vector<DenseItem> dense_;
   std::vector<RowsItem> rows_;
   std::vector<RowIndices> indices_;

@@ -9,8 +9,11 @@
 #include <ATen/SparseTensorImpl.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <pybind11/stl.h>
+
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -33,44 +36,45 @@ bool plain(const at::Tensor& t) {
 at::Tensor materialized(const at::Tensor& grad) {
   if (grad.layout() != at::kStrided) return grad;
   if (grad._is_zerotensor()) return at::zeros(grad.sizes(), grad.options());
-  return grad.resolve_neg();
+  return grad.is_neg() ? grad.resolve_neg() : grad;
 }
 
 class Step {
  public:
   explicit Step(double grad_scale) : grad_scale_(grad_scale) {}
 
-  // Adds the parameters of one group that have a gradient. Returns (without_state, not_native):
-  // positions of parameters whose state must be created first (then nothing was added: call again),
-  // and of those that no native kernel can update.
+  // Adds the parameters of one group that have a gradient; of all, or of those at `positions`.
+  // Returns (without_state, not_native): positions of parameters that were not added because their
+  // state must be created first, or because no native kernel can update them.
   py::tuple add_group(const py::list& params, const py::dict& state, int group, RuleKind kind,
                       double lr, double beta1, double beta2, double eps, double weight_decay,
-                      bool maximize) {
+                      bool maximize, const std::optional<std::vector<int64_t>>& positions) {
     const RuleNames& names = rule_names(kind);
     PyObject* keys[kMaxStateTensors] = {};
     for (int k = 0; k < names.states; ++k) keys[k] = interned(names.state_names[k]);
+    PyObject* const step_key = interned("step");
     py::list without_state, not_native;
-    std::vector<std::pair<DeviceStep*, Update>> found;
-    const int64_t count = PyList_GET_SIZE(params.ptr());
-    found.reserve(count);
     Update u;
     u.rule = {kind, lr, beta1, beta2, eps, weight_decay, (maximize ? -1.0 : 1.0) / grad_scale_};
     u.group = group;
     int64_t last_step = -1;
 
-    for (int64_t i = 0; i < count; ++i) {
+    const int64_t count =
+        positions ? static_cast<int64_t>(positions->size()) : PyList_GET_SIZE(params.ptr());
+    for (int64_t n = 0; n < count; ++n) {
+      const int64_t i = positions ? (*positions)[n] : n;
       PyObject* object = PyList_GET_ITEM(params.ptr(), i);
       if (!THPVariable_Check(object))
         throw py::type_error("parameter groups hold tensors, got " +
                              std::string(Py_TYPE(object)->tp_name));
-      const at::Tensor& param = THPVariable_Unpack(object);
-      if (!param.unsafeGetTensorImpl()->grad().defined()) continue;
-      const at::Tensor grad = materialized(param.unsafeGetTensorImpl()->grad());
-      DeviceStep* device = device_step(param);
-      const bool sparse = grad.layout() == at::kSparse;
-      if (!device || !plain(param) || param.layout() != at::kStrided ||
-          !is_storage_type(param.scalar_type()) || !plain(grad) ||
-          !(sparse || grad.layout() == at::kStrided)) {
+      u.param = THPVariable_Unpack(object);
+      if (!u.param.unsafeGetTensorImpl()->grad().defined()) continue;
+      u.grad = materialized(u.param.unsafeGetTensorImpl()->grad());
+      DeviceStep* device = device_step(u.param);
+      const bool sparse = u.grad.layout() == at::kSparse;
+      if (!device || !plain(u.param) || u.param.layout() != at::kStrided ||
+          !is_storage_type(u.param.scalar_type()) || !plain(u.grad) ||
+          !(sparse || u.grad.layout() == at::kStrided)) {
         not_native.append(i);
         continue;
       }
@@ -79,32 +83,28 @@ class Step {
       PyObject* own = PyDict_GetItemWithError(state.ptr(), object);
       bool complete = own && PyDict_Check(own);
       for (int k = 0; k < names.states && complete; ++k) complete = read(own, keys[k], u.states[k]);
-      if (names.counts_steps && complete) complete = read(own, interned("step"), u.step);
+      if (names.counts_steps && complete) complete = read(own, step_key, u.step);
       if (PyErr_Occurred()) throw py::error_already_set();
       if (!complete) {
         without_state.append(i);
         continue;
       }
 
-      u.param = param;
       if (sparse) {
-        if (grad.device() != param.device() || grad.sizes() != param.sizes()) refuse_shape(u, grad);
-        const auto* impl = static_cast<const at::SparseTensorImpl*>(grad.unsafeGetTensorImpl());
+        if (u.grad.device() != u.param.device() || u.grad.sizes() != u.param.sizes())
+          refuse_shape(u, u.grad);
+        const auto* impl = static_cast<const at::SparseTensorImpl*>(u.grad.unsafeGetTensorImpl());
         u.indices = impl->indices();
         u.values = impl->values();
-        u.grad = at::Tensor();
-      } else {
-        u.grad = grad;
+        u.grad.reset();
       }
       if (names.counts_steps && u.step.is_cpu() && u.step.scalar_type() == at::kLong) {
         const int64_t step = *u.step.const_data_ptr<int64_t>() + 1;
         if (step != last_step) set_bias_corrections(u.rule, step);
         last_step = step;
       }
-      found.emplace_back(device, u);
+      device->add(u);
     }
-    if (py::len(without_state) == 0)
-      for (const auto& [device, update] : found) device->add(update);
     return py::make_tuple(without_state, not_native);
   }
 

@@ -24,7 +24,7 @@ struct Stream {
 
 // One parameter with a strided gradient. All streams share one element order.
 struct DenseItem {
-  RuleParams rule;
+  const RuleParams* rule = nullptr;
   Stream param;
   Stream grad;
   Stream states[kMaxStates];
@@ -53,7 +53,7 @@ struct RowLayout {
 // One parameter with a row-sparse gradient. Its entries are the global entries
 // [first_entry, first_entry + entries), its rows the global rows [first_row, first_row + rows).
 struct RowsItem {
-  RuleParams rule;
+  const RuleParams* rule = nullptr;
   Stream param;
   Stream states[kMaxStates];
   Stream values;  // entry e starts at e * value_stride, contiguous from there

@@ -38,6 +38,12 @@ struct RuleParams {
   double grad_factor = 1.0;       // -1 for maximize, times 1 / grad_scale
   double bias_correction1 = 1.0;  // 1 - beta1^t
   double bias_correction2 = 1.0;  // 1 - beta2^t
+
+  friend bool operator==(const RuleParams& a, const RuleParams& b) {
+    return a.kind == b.kind && a.lr == b.lr && a.beta1 == b.beta1 && a.beta2 == b.beta2 &&
+           a.eps == b.eps && a.weight_decay == b.weight_decay && a.grad_factor == b.grad_factor &&
+           a.bias_correction1 == b.bias_correction1 && a.bias_correction2 == b.bias_correction2;
+  }
 };
 
 // sign(0) = 0, sign(NaN) = NaN: a row without gradient and momentum does not move, and a NaN is

@@ -27,6 +27,7 @@ class Step:
         eps: float,
         weight_decay: float,
         maximize: bool,
+        positions: list[int] | None,
         /,
     ) -> tuple[list[int], list[int]]: ...
     def prepare(self) -> None: ...

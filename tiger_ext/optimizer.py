@@ -262,13 +262,14 @@ class MixedOptimizer(torch.optim.Optimizer):
         else:
             kind, eps = kinds.SIGN_MOMENTUM, 0.0
         params = group["params"]
-        args = (index, kind, float(group["lr"]), beta1, betas[-1], eps, group["weight_decay"])
-        while True:
-            without_state, rest = native.add_group(params, self.state, *args, group["maximize"])
-            if not without_state:
-                return rest
+        hyper = (float(group["lr"]), beta1, betas[-1], eps, group["weight_decay"])
+        args = (params, self.state, index, kind, *hyper, group["maximize"])
+        without_state, rest = native.add_group(*args, None)
+        if without_state:
             for position in without_state:
                 self._init_state(params[position], group, created)
+            native.add_group(*args, without_state)
+        return rest
 
     def _add_to_reference(
         self,

@@ -179,11 +179,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   });
   m.def(
       "advise_huge_pages",
-      [](uintptr_t data, size_t bytes, bool present) {
-        pybind11::gil_scoped_release release;
-        advise_huge_pages(reinterpret_cast<void*>(data), bytes, present);
-      },
-      pybind11::arg("data"), pybind11::arg("bytes"), pybind11::arg("present"));
+      [](uintptr_t data, size_t bytes) { advise_huge_pages(reinterpret_cast<void*>(data), bytes); },
+      pybind11::arg("data"), pybind11::arg("bytes"));
   m.def("cpu_isa", [] { return cpu_kernels().name; });
 }
 

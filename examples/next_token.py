@@ -61,7 +61,7 @@ class LearningRates:
     dense: float
 
 
-# Found by --tune, see SWEEP_FILE.
+# Found by --tune, in runs of the length that SWEEP_FILE notes.
 TUNED = {TIGER: LearningRates(4.8e-2, 6e-3), ADAM: LearningRates(9.6e-2, 6e-3)}
 
 
@@ -327,8 +327,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--plot", type=Path, default=Path("next_token.png"), help="picture (default %(default)s)")
     add("--json", type=Path, help="also write all figures to this file")
     add("--tune", action="store_true", help="search the learning rates instead")
-    add("--tune-steps", type=int, default=100, help="steps of a trial (default %(default)s)")
-    add("--tune-trials", type=int, default=14, help="most trials each (default %(default)s)")
+    add("--tune-steps", type=int, default=60, help="steps of a trial (default %(default)s)")
+    add("--tune-trials", type=int, default=8, help="most trials each (default %(default)s)")
     add("--tune-json", type=Path, default=SWEEP_FILE, help="where the search is written")
     add("--smoke", action="store_true", help="few files, small tables, few steps")
     options = parser.parse_args()

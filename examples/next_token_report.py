@@ -28,7 +28,7 @@ def save_plot(result: dict[str, Any], path: Path) -> None:
     loss.axhline(unigram, color="gray", ls="--", lw=1, label=f"token frequencies: {unigram:.3f}")
     loss.set(title="Held-out files", xlabel="step", ylabel="loss, nats per token")
     time.set(
-        title=f"Optimizer alone, {result['threads']} threads",
+        title=f"Optimizer alone, threads: {result['threads']}",
         xlabel="step",
         ylabel="milliseconds per step",
         yscale="log",
@@ -36,6 +36,7 @@ def save_plot(result: dict[str, Any], path: Path) -> None:
     for axes in (loss, time):
         axes.grid(alpha=0.3)
         axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
 

@@ -306,8 +306,6 @@ class MixedOptimizer(torch.optim.Optimizer):
             wanted["step"] = torch.int64
         state = self.state[p]
         large_table = _is_large_table(p)
-        if large_table and not state:
-            _advise_huge_pages(p, present=True)
         for name, dtype in wanted.items():
             if name in state:
                 continue
@@ -317,7 +315,7 @@ class MixedOptimizer(torch.optim.Optimizer):
                 continue
             state[name] = torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format)
             if large_table:
-                _advise_huge_pages(state[name], present=False)
+                _advise_huge_pages(state[name])
             state[name].zero_()
         return state
 
@@ -387,7 +385,7 @@ _LARGE_TABLE_BYTES = 32 << 20
 
 
 def _is_large_table(p: Tensor) -> bool:
-    """Return whether rows of ``p`` will be visited at random in memory of our own."""
+    """Return whether the state of ``p`` will be visited at random rows and is large."""
     return (
         _native.C is not None
         and p.device.type == "cpu"
@@ -395,13 +393,12 @@ def _is_large_table(p: Tensor) -> bool:
         and p.grad is not None
         and p.grad.layout == torch.sparse_coo
         and p.nbytes >= _LARGE_TABLE_BYTES
-        and not p.is_shared()
     )
 
 
-def _advise_huge_pages(tensor: Tensor, *, present: bool) -> None:
+def _advise_huge_pages(tensor: Tensor) -> None:
     storage = tensor.untyped_storage()
-    _native.C.advise_huge_pages(storage.data_ptr(), storage.nbytes(), present)  # type: ignore[union-attr]
+    _native.C.advise_huge_pages(storage.data_ptr(), storage.nbytes())  # type: ignore[union-attr]
 
 
 @torch.compiler.disable

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent
 
 try:
     import torch
-    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension
+    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 except ImportError as error:
     sys.exit(
         f"tiger_ext compiles against PyTorch, which cannot be imported here ({error}). Install "
@@ -78,12 +78,17 @@ if sanitize:
         "-g",
     ]
 
+cuda = cuda_wanted()
 setup(
     ext_modules=[
-        CppExtension(
+        (CUDAExtension if cuda else CppExtension)(
             "tiger_ext._C",
-            sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/*.cpp")),
-            extra_compile_args=flags,
+            sorted(
+                str(path.relative_to(ROOT))
+                for pattern in (["*.cpp", "*.cu"] if cuda else ["*.cpp"])
+                for path in (ROOT / "csrc").glob(pattern)
+            ),
+            extra_compile_args={"cxx": flags, "nvcc": ["-O3", "-std=c++20", "-fmad=false"]},
             extra_link_args=["-fopenmp"] + ([f"-fsanitize={sanitize}"] if sanitize else []),
             define_macros=[
                 ("TIGER_EXT_VERSION", f'"{version}"'),

@@ -236,7 +236,7 @@ class MixedOptimizer(torch.optim.Optimizer):
                 native.prepare()
         except BaseException as error:
             for p, name in created:
-                del self.state[p][name]
+                self.state[p].pop(name, None)
                 if not self.state[p]:
                     del self.state[p]
             if _native.C is not None and isinstance(error, _native.C.UpdateError):

@@ -179,8 +179,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   });
   m.def(
       "advise_huge_pages",
-      [](uintptr_t data, size_t bytes) { advise_huge_pages(reinterpret_cast<void*>(data), bytes); },
-      pybind11::arg("data"), pybind11::arg("bytes"));
+      [](uintptr_t data, size_t bytes, bool in_use) {
+        pybind11::gil_scoped_release release;
+        advise_huge_pages(reinterpret_cast<void*>(data), bytes, in_use);
+      },
+      pybind11::arg("data"), pybind11::arg("bytes"), pybind11::arg("in_use"));
   m.def("cpu_isa", [] { return cpu_kernels().name; });
 }
 

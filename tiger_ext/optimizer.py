@@ -306,6 +306,8 @@ class MixedOptimizer(torch.optim.Optimizer):
             wanted["step"] = torch.int64
         state = self.state[p]
         large_table = _is_large_table(p)
+        if large_table and not state:
+            _advise_huge_pages(p, in_use=True)
         for name, dtype in wanted.items():
             if name in state:
                 continue
@@ -315,7 +317,7 @@ class MixedOptimizer(torch.optim.Optimizer):
                 continue
             state[name] = torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format)
             if large_table:
-                _advise_huge_pages(state[name])
+                _advise_huge_pages(state[name], in_use=False)
             state[name].zero_()
         return state
 
@@ -382,6 +384,8 @@ class MixedOptimizer(torch.optim.Optimizer):
 
 # Below this size a table's page table fits the caches.
 _LARGE_TABLE_BYTES = 32 << 20
+# Moving a table that is in use to huge pages pays within some thousand steps up to this size.
+_COLLAPSE_BYTES = 1 << 30
 
 
 def _is_large_table(p: Tensor) -> bool:
@@ -396,9 +400,11 @@ def _is_large_table(p: Tensor) -> bool:
     )
 
 
-def _advise_huge_pages(tensor: Tensor) -> None:
+def _advise_huge_pages(tensor: Tensor, *, in_use: bool) -> None:
     storage = tensor.untyped_storage()
-    _native.C.advise_huge_pages(storage.data_ptr(), storage.nbytes())  # type: ignore[union-attr]
+    if in_use and (tensor.is_shared() or storage.nbytes() > _COLLAPSE_BYTES):
+        return
+    _native.C.advise_huge_pages(storage.data_ptr(), storage.nbytes(), in_use)  # type: ignore[union-attr]
 
 
 @torch.compiler.disable

@@ -85,8 +85,9 @@ setup(
             "tiger_ext._C",
             sorted(
                 str(path.relative_to(ROOT))
-                for pattern in (["*.cpp", "*.cu"] if cuda else ["*.cpp"])
-                for path in (ROOT / "csrc").glob(pattern)
+                for path in (ROOT / "csrc").glob("*.c*")
+                if path.suffix == ".cpp" and (cuda or not path.stem.endswith("_cuda"))
+                or path.suffix == ".cu" and cuda
             ),
             extra_compile_args={"cxx": flags, "nvcc": ["-O3", "-std=c++20", "-fmad=false"]},
             extra_link_args=["-fopenmp"] + ([f"-fsanitize={sanitize}"] if sanitize else []),

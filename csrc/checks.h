@@ -15,7 +15,7 @@ namespace tiger_ext {
 
 template <typename... Args>
 [[noreturn]] void refuse(const Update& u, const Args&... args) {
-  throw UpdateError(UpdateError::Kind::kRuntime, u, c10::str(args...));
+  throw UpdateError(UpdateError::Kind::kRuntime, {u.group, u.position}, c10::str(args...));
 }
 
 inline bool is_storage_type(at::ScalarType t) {
@@ -65,8 +65,8 @@ inline void check_update(const Update& u) {
       refuse(u, "the state ", rule.state_names[k], " has several elements in the same memory");
   }
   if (rule.counts_steps && !(u.step.defined() && u.step.scalar_type() == at::kLong &&
-                             u.step.numel() == 1 && u.step.is_cpu()))
-    refuse(u, "the state step must be one int64 element on the CPU");
+                             u.step.numel() == 1 && u.step.device() == param.device()))
+    refuse(u, "the state step must be one int64 element on ", param.device());
 
   if (u.grad.defined()) {
     check_device(u, u.grad, "the gradient");
@@ -79,8 +79,9 @@ inline void check_update(const Update& u) {
   check_device(u, u.indices, "the gradient's indices tensor");
   check_device(u, u.values, "the gradient's values tensor");
   storage_of(u, u.values, "the gradient");
-  if (u.indices.scalar_type() != at::kLong)
-    refuse(u, "the gradient's indices have dtype ", u.indices.scalar_type(), ", expected int64");
+  if (u.indices.scalar_type() != at::kLong && u.indices.scalar_type() != at::kInt)
+    refuse(u, "the gradient's indices have dtype ", u.indices.scalar_type(),
+           ", expected int64 or int32");
   if (u.indices.dim() != 2 || u.values.dim() < 1)
     refuse(u, "the gradient's indices have shape ", u.indices.sizes(), " and its values ",
            u.values.sizes(), ", expected [sparse_dim, nnz] and [nnz, ...]");

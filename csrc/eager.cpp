@@ -41,13 +41,19 @@ at::Tensor materialized(const at::Tensor& grad) {
 
 class Step {
  public:
-  explicit Step(double grad_scale) : grad_scale_(grad_scale) {}
+  // `faults` must outlive the step.
+  Step(Faults& faults, const py::object& grad_scale, const py::object& found_inf) {
+    faults.raise();
+    context_.faults = &faults;
+    if (!grad_scale.is_none()) context_.grad_scale = tensor(grad_scale);
+    if (!found_inf.is_none()) context_.found_inf = tensor(found_inf);
+  }
 
   // Adds the parameters of one group that have a gradient; of all, or of those at `positions`.
   // Returns (without_state, not_native): positions of parameters that were not added because their
   // state must be created first, or because no native kernel can update them.
   py::tuple add_group(const py::list& params, const py::dict& state, int group, RuleKind kind,
-                      double lr, double beta1, double beta2, double eps, double weight_decay,
+                      const py::object& lr, double beta1, double beta2, double eps, double weight_decay,
                       bool maximize, const std::optional<std::vector<int64_t>>& positions) {
     const RuleNames& names = rule_names(kind);
     PyObject* keys[kMaxStateTensors] = {};
@@ -55,19 +61,17 @@ class Step {
     PyObject* const step_key = interned("step");
     py::list without_state, not_native;
     Update u;
-    u.rule = {kind, lr, beta1, beta2, eps, weight_decay, (maximize ? -1.0 : 1.0) / grad_scale_};
+    RuleParams rule{kind, 0.0, beta1, beta2, eps, weight_decay, maximize ? -1.0 : 1.0};
+    if (THPVariable_Check(lr.ptr())) u.lr = tensor(lr);
+    else rule.lr = lr.cast<double>();
     u.group = group;
-    int64_t last_step = -1;
 
     const int64_t count =
         positions ? static_cast<int64_t>(positions->size()) : PyList_GET_SIZE(params.ptr());
     for (int64_t n = 0; n < count; ++n) {
       const int64_t i = positions ? (*positions)[n] : n;
       PyObject* object = PyList_GET_ITEM(params.ptr(), i);
-      if (!THPVariable_Check(object))
-        throw py::type_error("parameter groups hold tensors, got " +
-                             std::string(Py_TYPE(object)->tp_name));
-      u.param = THPVariable_Unpack(object);
+      u.param = tensor(object);
       if (!u.param.unsafeGetTensorImpl()->grad().defined()) continue;
       u.grad = materialized(u.param.unsafeGetTensorImpl()->grad());
       DeviceStep* device = device_step(u.param);
@@ -96,13 +100,10 @@ class Step {
         const auto* impl = static_cast<const at::SparseTensorImpl*>(u.grad.unsafeGetTensorImpl());
         u.indices = impl->indices();
         u.values = impl->values();
+        u.coalesced = impl->coalesced();
         u.grad.reset();
       }
-      if (names.counts_steps && u.step.is_cpu() && u.step.scalar_type() == at::kLong) {
-        const int64_t step = *u.step.const_data_ptr<int64_t>() + 1;
-        if (step != last_step) set_bias_corrections(u.rule, step);
-        last_step = step;
-      }
+      u.rule = rule;
       device->add(u);
     }
     return py::make_tuple(without_state, not_native);
@@ -111,6 +112,12 @@ class Step {
   void prepare() {
     py::gil_scoped_release release;
     for (const auto& [type, step] : devices_) step->prepare();
+  }
+
+  bool cancelled() const {
+    for (const auto& [type, step] : devices_)
+      if (step->cancelled()) return true;
+    return false;
   }
 
   void apply() {
@@ -123,7 +130,14 @@ class Step {
     const c10::DeviceType type = t.device().type();
     if (auto it = devices_.find(type); it != devices_.end()) return it->second.get();
     const DeviceStepFactory make = device_step_factory(type);
-    return make ? (devices_[type] = make()).get() : nullptr;
+    return make ? (devices_[type] = make(context_)).get() : nullptr;
+  }
+
+  static const at::Tensor& tensor(py::handle object) {
+    if (!THPVariable_Check(object.ptr()))
+      throw py::type_error("expected a tensor, got " +
+                           std::string(Py_TYPE(object.ptr())->tp_name));
+    return THPVariable_Unpack(object.ptr());
   }
 
   static PyObject* interned(const char* name) {
@@ -146,7 +160,7 @@ class Step {
            ", the parameter has shape ", u.param.sizes(), " on device ", u.param.device());
   }
 
-  double grad_scale_;
+  StepContext context_;
   std::map<c10::DeviceType, std::unique_ptr<DeviceStep>> devices_;
 };
 
@@ -163,7 +177,7 @@ void bind_eager(py::module_& m) {
     } catch (const UpdateError& e) {
       const char* kind = e.kind == UpdateError::Kind::kIndex ? "index" : "runtime";
       PyErr_SetObject(update_error->ptr(),
-                      py::make_tuple(kind, e.group, e.position, e.what()).ptr());
+                      py::make_tuple(kind, e.place.group, e.place.position, e.what()).ptr());
     }
   });
 
@@ -172,10 +186,13 @@ void bind_eager(py::module_& m) {
       .value("ADAMW", RuleKind::kAdamW)
       .value("ADAMW_WITHOUT_MOMENT1", RuleKind::kAdamWWithoutMoment1);
 
+  py::class_<Faults>(m, "Faults").def(py::init<>());
   py::class_<Step>(m, "Step")
-      .def(py::init<double>(), py::arg("grad_scale"))
+      .def(py::init<Faults&, const py::object&, const py::object&>(),
+           py::arg("faults"), py::arg("grad_scale"), py::arg("found_inf"), py::keep_alive<1, 2>())
       .def("add_group", &Step::add_group)
       .def("prepare", &Step::prepare)
+      .def("cancelled", &Step::cancelled)
       .def("apply", &Step::apply);
 }
 

@@ -6,66 +6,9 @@
 
 #include <cstdint>
 
-#include "storage.h"
-#include "update_rules.h"
+#include "items.h"
 
 namespace tiger_ext {
-
-constexpr int kMaxStates = 2;
-
-// A run of a row's entries is summed in pieces of this many, each left to right, then the pieces'
-// sums left to right. The order depends on nothing else, so neither does any bit of the result.
-constexpr int64_t kPiece = 256;
-
-struct Stream {
-  void* data = nullptr;
-  Storage storage = Storage::kFloat32;
-};
-
-// One parameter with a strided gradient. All streams share one element order.
-struct DenseItem {
-  const RuleParams* rule = nullptr;
-  Stream param;
-  Stream grad;
-  Stream states[kMaxStates];
-  int64_t numel = 0;
-};
-
-// Where the vector of row r lies, in elements from the start of the tensor.
-struct RowLayout {
-  int64_t row_stride = 0;  // offset = r * row_stride, when dims == 0
-  int64_t dims = 0;        // else r is unravelled over sizes[dims]
-  const int64_t* sizes = nullptr;
-  const int64_t* strides = nullptr;
-  const int64_t* inner = nullptr;  // offset of each element of the vector; null: contiguous
-
-  int64_t offset(int64_t row) const {
-    if (dims == 0) return row * row_stride;
-    int64_t result = 0;
-    for (int64_t d = dims; d-- > 0;) {
-      result += row % sizes[d] * strides[d];
-      row /= sizes[d];
-    }
-    return result;
-  }
-};
-
-// One parameter with a row-sparse gradient. Its entries are the global entries
-// [first_entry, first_entry + entries), its rows the global rows [first_row, first_row + rows).
-struct RowsItem {
-  const RuleParams* rule = nullptr;
-  Stream param;
-  Stream states[kMaxStates];
-  Stream values;  // entry e starts at e * value_stride, contiguous from there
-  RowLayout param_layout;
-  RowLayout state_layouts[kMaxStates];
-  int64_t value_stride = 0;
-  int64_t dim = 0;
-  int64_t rows = 0;
-  int64_t entries = 0;
-  int64_t first_row = 0;
-  int64_t first_entry = 0;
-};
 
 // A sorted list of entries: key = global row << position_bits | global position.
 struct SortedEntries {

@@ -115,7 +115,7 @@ void apply_converted(const Rule& rule, const T* grad, const Stream& param, int64
 
 template <typename T, typename Rule>
 void dense_span(const DenseItem& item, int64_t begin, int64_t end) {
-  const Rule rule(*item.rule);
+  const Rule rule(*item.rule.params);
   if (updates_in_place<T>(item, Rule::kStates) && is_native<T>(item.grad)) {
     T* states[kMaxStates];
     for (int k = 0; k < Rule::kStates; ++k)
@@ -306,7 +306,7 @@ class Prefetcher {
 template <typename T, typename Rule, bool kInPlace>
 void rows_span(const RowsItem& item, const SortedEntries& sorted, const LongRuns& long_runs,
                int64_t begin, int64_t end) {
-  const Rule rule(*item.rule);
+  const Rule rule(*item.rule.params);
   const int64_t limit = item.first_entry + item.entries;
   const bool native_values = is_native<T>(item.values);
   alignas(kCacheLine) T sum[kBlock];
@@ -383,7 +383,7 @@ inline bool is_double(const Stream& param) { return param.storage == Storage::kF
 
 template <typename T>
 void dense_of_type(const DenseItem& item, int64_t begin, int64_t end) {
-  switch (item.rule->kind) {
+  switch (item.rule.params->kind) {
     case RuleKind::kSignMomentum:
       return dense_span<T, SignMomentum<T>>(item, begin, end);
     case RuleKind::kAdamW:
@@ -396,7 +396,7 @@ void dense_of_type(const DenseItem& item, int64_t begin, int64_t end) {
 template <typename T>
 void rows_of_type(const RowsItem& item, const SortedEntries& s, const LongRuns& l, int64_t b,
                   int64_t e) {
-  switch (item.rule->kind) {
+  switch (item.rule.params->kind) {
     case RuleKind::kSignMomentum:
       return rows_of_rule<T, SignMomentum<T>>(item, s, l, b, e);
     case RuleKind::kAdamW:

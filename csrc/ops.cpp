@@ -45,8 +45,13 @@ void run(const Lists& lists, RuleParams rule) {
   if (names.states > 1) check_length(lists.states1, lists, names.state_names[1]);
   if (names.counts_steps) check_length(lists.steps, lists, "steps");
 
+  // Faults of a device's kernels are thrown by the next call of any op.
+  static Faults* const faults = new Faults();
+  StepContext context;
+  context.faults = faults;
   std::map<c10::DeviceType, std::unique_ptr<DeviceStep>> devices;
   try {
+    faults->raise();
     for (size_t i = 0; i < lists.params.size(); ++i) {
       Update u;
       u.param = lists.params[i];
@@ -60,22 +65,18 @@ void run(const Lists& lists, RuleParams rule) {
       if (names.states > 1) u.states[1] = lists.states1[i];
       u.rule = rule;
       u.position = static_cast<int>(i);
-      if (names.counts_steps) {
-        u.step = lists.steps[i];
-        if (u.step.is_cpu() && u.step.scalar_type() == at::kLong && u.step.numel() == 1)
-          set_bias_corrections(u.rule, *u.step.const_data_ptr<int64_t>() + 1);
-      }
+      if (names.counts_steps) u.step = lists.steps[i];
       std::unique_ptr<DeviceStep>& step = devices[u.param.device().type()];
       if (!step) {
         const DeviceStepFactory make = device_step_factory(u.param.device().type());
         TORCH_CHECK(make, "tiger_ext: this build has no kernels for ", u.param.device());
-        step = make();
+        step = make(context);
       }
       step->add(u);
     }
     for (const auto& [type, step] : devices) step->prepare();
   } catch (const UpdateError& e) {
-    const std::string message = c10::str("tiger_ext: params[", e.position, "]: ", e.what());
+    const std::string message = c10::str("tiger_ext: params[", e.place.position, "]: ", e.what());
     if (e.kind == UpdateError::Kind::kIndex) TORCH_CHECK_INDEX(false, message);
     TORCH_CHECK(false, message);
   }
@@ -109,7 +110,6 @@ void sign_momentum_dense_(TensorList params, TensorList grads, TensorList exp_av
 void sign_momentum_rows_(TensorList params, TensorList indices, TensorList values,
                          TensorList exp_avgs, double lr, double beta1, double beta2,
                          double weight_decay, bool maximize, double grad_scale) {
-  if (params.empty()) return;
   run({params, {}, indices, values, exp_avgs, {}, {}},
       sign_momentum(lr, beta1, beta2, weight_decay, maximize, grad_scale));
 }
@@ -130,7 +130,6 @@ void adamw_dense_(TensorList params, TensorList grads, TensorList exp_avgs, Tens
 void adamw_rows_(TensorList params, TensorList indices, TensorList values, TensorList exp_avgs,
                  TensorList exp_avg_sqs, TensorList steps, double lr, double beta1, double beta2,
                  double eps, double weight_decay, bool maximize, double grad_scale) {
-  if (params.empty()) return;
   run(with_moments({params, {}, indices, values, {}, {}, steps}, exp_avgs, exp_avg_sqs, beta1),
       adamw(lr, beta1, beta2, eps, weight_decay, maximize, grad_scale));
 }
@@ -159,12 +158,19 @@ TORCH_LIBRARY(tiger_ext, m) {
       "float weight_decay, bool maximize=False, float grad_scale=1.0) -> ()");
 }
 
-TORCH_LIBRARY_IMPL(tiger_ext, CPU, m) {
+namespace {
+
+void implement(torch::Library& m) {
   m.impl("sign_momentum_dense_", sign_momentum_dense_);
   m.impl("sign_momentum_rows_", sign_momentum_rows_);
   m.impl("adamw_dense_", adamw_dense_);
   m.impl("adamw_rows_", adamw_rows_);
 }
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(tiger_ext, CPU, m) { implement(m); }
+TORCH_LIBRARY_IMPL(tiger_ext, CUDA, m) { implement(m); }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Compiled kernels of tiger_ext.";
@@ -174,7 +180,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     info["version"] = TIGER_EXT_VERSION;
     info["torch"] = TIGER_EXT_BUILT_WITH_TORCH;
     info["compiler"] = __VERSION__;
-    info["cuda"] = false;
+    info["cuda"] = device_step_factory(c10::DeviceType::CUDA) != nullptr;
     return info;
   });
   m.def(

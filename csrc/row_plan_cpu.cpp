@@ -105,9 +105,9 @@ BadIndex plan_rows(const std::vector<RowsItem>& items, const std::vector<RowIndi
                    Scratch& scratch, SortedEntries& sorted) {
   const RowsItem& last = items.back();
   const int64_t n = last.first_entry + last.entries;
-  const int64_t rows = last.first_row + last.rows;
+  const int64_t rows = last.first_row + last.rows + 1;
   const int position_bits = bit_width(static_cast<uint64_t>(n - 1));
-  const int row_bits = rows == 0 ? 0 : bit_width(static_cast<uint64_t>(rows - 1));
+  const int row_bits = bit_width(static_cast<uint64_t>(rows - 1));
   if (position_bits + row_bits > 64)
     throw std::length_error("tiger_ext: " + std::to_string(n) + " gradient entries over " +
                             std::to_string(rows) + " rows do not fit 64-bit sort keys");

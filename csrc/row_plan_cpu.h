@@ -12,16 +12,6 @@
 
 namespace tiger_ext {
 
-// The indices of one sparse gradient: index d of entry e is data[d * dim_stride + e *
-// entry_stride].
-struct RowIndices {
-  const int64_t* data = nullptr;
-  int64_t dim_stride = 0;
-  int64_t entry_stride = 0;
-  int64_t sparse_dim = 0;
-  const int64_t* sizes = nullptr;  // of the parameter's first sparse_dim dimensions
-};
-
 struct BadIndex {
   int64_t item = -1;  // none
   int64_t entry = 0;

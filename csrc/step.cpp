@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "step.h"
 
+#include <c10/util/StringUtil.h>
+
 #include <array>
-#include <cmath>
+#include <atomic>
 
 namespace tiger_ext {
 namespace {
@@ -28,12 +30,29 @@ DeviceStepFactory device_step_factory(c10::DeviceType device) {
   return factories()[static_cast<size_t>(device)];
 }
 
-const RuleNames& rule_names(RuleKind kind) { return kRules[static_cast<int>(kind)]; }
-
-void set_bias_corrections(RuleParams& rule, int64_t t) {
-  const double steps = static_cast<double>(t);
-  rule.bias_correction1 = 1.0 - std::pow(rule.beta1, steps);
-  rule.bias_correction2 = 1.0 - std::pow(rule.beta2, steps);
+UpdateError bad_index(UpdatePlace place, int64_t entry, int64_t index, int64_t dimension,
+                      int64_t rows) {
+  return {UpdateError::Kind::kIndex, place,
+          c10::str("the gradient's entry ", entry, " has row index ", index, " in dimension ",
+                   dimension, ", out of range for ", rows, " rows")};
 }
+
+void Faults::raise() {
+  if (!memory) return;
+  // The device writes `count` last.
+  volatile int64_t& count = memory->count;
+  if (count == 0) return;
+  std::atomic_thread_fence(std::memory_order_acquire);
+  const RowFault fault = *memory;
+  count = 0;
+  const UpdatePlace place{static_cast<int>(fault.group), static_cast<int>(fault.position)};
+  if (fault.kind == RowFault::kNotCoalesced)
+    throw UpdateError(UpdateError::Kind::kRuntime, place,
+                      c10::str("an earlier gradient was marked as coalesced, but its entry ",
+                               fault.entry, " does not come after the one before it"));
+  throw bad_index(place, fault.entry, fault.index, fault.dimension, fault.rows);
+}
+
+const RuleNames& rule_names(RuleKind kind) { return kRules[static_cast<int>(kind)]; }
 
 }  // namespace tiger_ext

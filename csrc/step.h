@@ -16,45 +16,71 @@
 #include <stdexcept>
 #include <string>
 
+#include "faults.h"
 #include "update_rules.h"
 
 namespace tiger_ext {
 
 constexpr int kMaxStateTensors = 2;
 
-// One parameter's share of a step. Row-sparse gradients come as `indices` [sparse_dim, nnz] (int64)
-// and `values` [nnz, ...]; strided ones as `grad`.
+// One parameter's share of a step. Row-sparse gradients come as `indices` [sparse_dim, nnz] (int64
+// or int32) and `values` [nnz, ...]; strided ones as `grad`.
 struct Update {
   at::Tensor param;
   at::Tensor grad;
   at::Tensor indices;
   at::Tensor values;
   at::Tensor states[kMaxStateTensors];
-  at::Tensor step;  // AdamW's counter: 0-dim int64, one more after `apply`
+  at::Tensor step;  // AdamW's counter: one int64 element, one more after `apply`
+  at::Tensor lr;    // if defined: one element that takes the place of rule.lr
   RuleParams rule;
-  int group = 0;  // where the parameter stands, for messages
+  bool coalesced = false;  // whether `indices` are said to be sorted and unique
+  int group = 0;           // where the parameter stands, for messages
   int position = 0;
 };
 
 // A check that failed; the caller knows the parameter's name and completes the sentence.
 struct UpdateError : std::runtime_error {
   enum class Kind { kRuntime, kIndex };
-  UpdateError(Kind kind, const Update& u, const std::string& message)
-      : std::runtime_error(message), kind(kind), group(u.group), position(u.position) {}
+  UpdateError(Kind kind, UpdatePlace place, const std::string& message)
+      : std::runtime_error(message), kind(kind), place(place) {}
   Kind kind;
-  int group;
-  int position;
+  UpdatePlace place;
+};
+
+// A bad row index, found by the host or reported by a device.
+UpdateError bad_index(UpdatePlace place, int64_t entry, int64_t index, int64_t dimension,
+                      int64_t rows);
+
+// An optimizer's faults. Made empty; a device that needs the memory provides it.
+class Faults {
+ public:
+  std::shared_ptr<RowFault> memory;
+
+  // Throws what a device has reported since the last call.
+  void raise();
+};
+
+// What all parameters of a step share. Undefined tensors stand for "none".
+struct StepContext {
+  at::Tensor grad_scale;  // one element: gradients are to be divided by it
+  at::Tensor found_inf;   // one element: if not 0, the step must not happen
+  Faults* faults = nullptr;
 };
 
 class DeviceStep {
  public:
   virtual ~DeviceStep() = default;
-  virtual void add(const Update& update) = 0;
+  // May change `update.rule`.
+  virtual void add(Update& update) = 0;
   virtual void prepare() = 0;
+  // Whether found_inf cancels the step, as far as the host knows without waiting for a device. Then
+  // `apply` must not be called. A device that cannot tell leaves its tensors alone in `apply`.
+  virtual bool cancelled() const = 0;
   virtual void apply() = 0;
 };
 
-using DeviceStepFactory = std::unique_ptr<DeviceStep> (*)();
+using DeviceStepFactory = std::unique_ptr<DeviceStep> (*)(const StepContext& context);
 
 // Registers a device at load time; `static DeviceRegistration r(c10::DeviceType::CPU, make);`
 struct DeviceRegistration {
@@ -72,8 +98,5 @@ struct RuleNames {
   bool counts_steps;
 };
 const RuleNames& rule_names(RuleKind kind);
-
-// Sets the bias corrections for step number t.
-void set_bias_corrections(RuleParams& rule, int64_t t);
 
 }  // namespace tiger_ext

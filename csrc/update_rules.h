@@ -46,6 +46,13 @@ struct RuleParams {
   }
 };
 
+// The bias corrections of step number t.
+TIGER_EXT_INLINE void set_bias_corrections(RuleParams& rule, int64_t t) {
+  const double steps = static_cast<double>(t);
+  rule.bias_correction1 = 1.0 - std::pow(rule.beta1, steps);
+  rule.bias_correction2 = 1.0 - std::pow(rule.beta2, steps);
+}
+
 // sign(0) = 0, sign(NaN) = NaN: a row without gradient and momentum does not move, and a NaN is
 // never hidden.
 template <typename T>
@@ -61,10 +68,12 @@ TIGER_EXT_INLINE T sign(T x) {
 //     m = beta2 m + (1 - beta2) g
 template <typename T>
 struct SignMomentum {
+  static constexpr RuleKind kKind = RuleKind::kSignMomentum;
   static constexpr int kStates = 1;
   T grad_factor, decay, lr, beta1, beta2, one_minus_beta1, one_minus_beta2;
 
-  explicit SignMomentum(const RuleParams& r)
+  SignMomentum() = default;
+  TIGER_EXT_INLINE explicit SignMomentum(const RuleParams& r)
       : grad_factor(static_cast<T>(r.grad_factor)),
         decay(static_cast<T>(1.0 - r.lr * r.weight_decay)),
         lr(static_cast<T>(r.lr)),
@@ -87,11 +96,13 @@ struct SignMomentum {
 //     p = (1 - lr wd) p - lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps)
 template <typename T>
 struct AdamW {
+  static constexpr RuleKind kKind = RuleKind::kAdamW;
   static constexpr int kStates = 2;
   T grad_factor, decay, step_size, beta1, beta2, one_minus_beta1, one_minus_beta2;
   T sqrt_bias_correction2, eps;
 
-  explicit AdamW(const RuleParams& r)
+  AdamW() = default;
+  TIGER_EXT_INLINE explicit AdamW(const RuleParams& r)
       : grad_factor(static_cast<T>(r.grad_factor)),
         decay(static_cast<T>(1.0 - r.lr * r.weight_decay)),
         step_size(static_cast<T>(r.lr / r.bias_correction1)),
@@ -113,8 +124,11 @@ struct AdamW {
 // AdamW with beta1 == 0: m is g itself.
 template <typename T>
 struct AdamWWithoutMoment1 : AdamW<T> {
+  static constexpr RuleKind kKind = RuleKind::kAdamWWithoutMoment1;
   static constexpr int kStates = 1;
-  using AdamW<T>::AdamW;
+
+  AdamWWithoutMoment1() = default;
+  TIGER_EXT_INLINE explicit AdamWWithoutMoment1(const RuleParams& r) : AdamW<T>(r) {}
 
   TIGER_EXT_INLINE void operator()(T grad, T& p, T& v) const {
     T m = T(0);

@@ -43,6 +43,7 @@ def test_memory_does_not_grow_over_a_thousand_steps(rule):
     assert resident() - before < 16 * MIB
 
 
+@pytest.mark.indices_checked_at_once
 @every_rule
 def test_failing_steps_do_not_leak(rule):
     table = Parameter(torch.randn(20_000, 16))

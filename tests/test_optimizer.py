@@ -374,6 +374,7 @@ def bad_gradient(p, index, at=3):
     return unchecked_sparse(rows[None], torch.randn(9, *p.shape[1:]).to(p.dtype), p.shape)
 
 
+@pytest.mark.indices_checked_at_once
 @pytest.mark.parametrize("first_step", [True, False], ids=["first-step", "later-step"])
 @pytest.mark.parametrize("named", [False, True])
 @pytest.mark.parametrize("index", [-1, "rows", 10**12, -(2**63), 2**63 - 1])
@@ -395,6 +396,7 @@ def test_a_bad_row_index_changes_nothing(first_step, named, index):
         opt.step()
 
 
+@pytest.mark.indices_checked_at_once
 @every_rule
 @pytest.mark.parametrize("fused", [None, False], ids=["native", "reference"])
 @pytest.mark.parametrize("nnz", [1, 5000, 30_000])
@@ -410,6 +412,7 @@ def test_a_bad_row_index_among_many(rule, fused, nnz):
             opt.step()
 
 
+@pytest.mark.indices_checked_at_once
 @every_rule
 def test_a_bad_index_in_any_sparse_dimension(rule):
     p = parameter(4, 5, 6)
@@ -421,6 +424,7 @@ def test_a_bad_index_in_any_sparse_dimension(rule):
             opt.step()
 
 
+@pytest.mark.indices_checked_at_once
 @every_rule
 @pytest.mark.parametrize("fused", [None, False], ids=["native", "reference"])
 @pytest.mark.parametrize("shape,index", [((0, 5), 0), ((0, 5), 3), ((5, 0), 5), ((5, 0), -1)])
@@ -507,6 +511,7 @@ def test_a_closure_that_raises_changes_nothing():
         opt.step(closure)
 
 
+@pytest.mark.indices_checked_at_once
 def test_a_failing_step_leaves_partial_state_as_it_was():
     # A group that starts to store a first moment, in the step that fails.
     p, q = parameter(6, 3), parameter(5)

@@ -194,6 +194,7 @@ def torchs_inputs(info):
 # -------------------------------------------------------------------------------------- errors
 
 
+@pytest.mark.indices_checked_at_once
 @every_info
 def test_errors(info):
     cases = info.optim_error_inputs_func("cpu", torch.float32)

@@ -11,17 +11,24 @@ class RuleKind(Enum):
     ADAMW = ...
     ADAMW_WITHOUT_MOMENT1 = ...
 
+class Faults:
+    """Where a GPU reports what it found wrong in an optimizer's gradients; raised a step later."""
+
+    def __init__(self) -> None: ...
+
 class Step:
     """One all-or-nothing optimizer step: add_group (each), then prepare, then apply."""
 
-    def __init__(self, grad_scale: float) -> None: ...
+    def __init__(
+        self, faults: Faults, grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> None: ...
     def add_group(
         self,
         params: list[Tensor],
         state: dict[Tensor, dict[str, Any]],
         group: int,
         kind: RuleKind,
-        lr: float,
+        lr: float | Tensor,
         beta1: float,
         beta2: float,
         eps: float,
@@ -31,6 +38,7 @@ class Step:
         /,
     ) -> tuple[list[int], list[int]]: ...
     def prepare(self) -> None: ...
+    def cancelled(self) -> bool: ...
     def apply(self) -> None: ...
 
 def build_info() -> dict[str, Any]: ...

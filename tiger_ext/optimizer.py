@@ -212,17 +212,16 @@ class MixedOptimizer(torch.optim.Optimizer):
         return loss
 
     def _step_eager(self) -> None:
-        grad_scale = 1.0
-        found_inf = getattr(self, "found_inf", None)
-        if found_inf is not None and float(found_inf) != 0.0:
+        # GradScaler's tensors. On a GPU they are read there, by the kernels.
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if found_inf is not None and found_inf.device.type == "cpu" and float(found_inf) != 0.0:
             return
-        if (scale := getattr(self, "grad_scale", None)) is not None:
-            grad_scale = float(scale)
-
-        native = _native.C.Step(grad_scale) if _native.C is not None else None
+        native = None
         on_reference: list[_ReferenceUpdate] = []
         created: list[tuple[Tensor, str]] = []
         try:
+            if _native.C is not None:
+                native = _native.C.Step(self._faults(), grad_scale, found_inf)
             for index, group in enumerate(self.param_groups):
                 if native is None or group["fused"] is False:
                     rest: Iterable[int] = range(len(group["params"]))
@@ -234,11 +233,13 @@ class MixedOptimizer(torch.optim.Optimizer):
                     self._add_to_reference(on_reference, index, group, rest, created)
             if native is not None:
                 native.prepare()
+            if (native is not None and native.cancelled()) or (
+                on_reference and found_inf is not None and float(found_inf) != 0.0
+            ):
+                self._discard(created)
+                return
         except BaseException as error:
-            for p, name in created:
-                self.state[p].pop(name, None)
-                if not self.state[p]:
-                    del self.state[p]
+            self._discard(created)
             if _native.C is not None and isinstance(error, _native.C.UpdateError):
                 kind, index, position, message = error.args
                 exception = IndexError if kind == "index" else RuntimeError
@@ -246,8 +247,24 @@ class MixedOptimizer(torch.optim.Optimizer):
             raise
         if native is not None:
             native.apply()
-        for update in on_reference:
-            update.apply(grad_scale)
+        if on_reference:
+            scale = 1.0 if grad_scale is None else float(grad_scale)
+            for update in on_reference:
+                update.apply(scale)
+
+    def _faults(self) -> Any:
+        """Return the place where a GPU reports bad row indices; not part of any state dict."""
+        faults = self.__dict__.get("_device_faults")
+        if faults is None:
+            faults = self.__dict__["_device_faults"] = _native.C.Faults()  # type: ignore[union-attr]
+        return faults
+
+    def _discard(self, created: list[tuple[Tensor, str]]) -> None:
+        """Remove the state that a step created which then did not happen."""
+        for p, name in created:
+            self.state[p].pop(name, None)
+            if not self.state[p]:
+                del self.state[p]
 
     def _add_to_native(
         self, native: Any, index: int, group: dict[str, Any], created: list[tuple[Tensor, str]]
@@ -262,7 +279,7 @@ class MixedOptimizer(torch.optim.Optimizer):
         else:
             kind, eps = kinds.SIGN_MOMENTUM, 0.0
         params = group["params"]
-        hyper = (float(group["lr"]), beta1, betas[-1], eps, group["weight_decay"])
+        hyper = (_learning_rate(group), beta1, betas[-1], eps, group["weight_decay"])
         args = (params, self.state, index, kind, *hyper, group["maximize"])
         without_state, rest = native.add_group(*args, None)
         if without_state:
@@ -313,7 +330,7 @@ class MixedOptimizer(torch.optim.Optimizer):
                 continue
             created.append((p, name))
             if name == "step":
-                state[name] = torch.zeros((), dtype=dtype)
+                state[name] = torch.zeros((), dtype=dtype, device=_clock_device(p))
                 continue
             state[name] = torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format)
             if large_table:
@@ -331,6 +348,11 @@ class MixedOptimizer(torch.optim.Optimizer):
 
     def _why_not_native(self, index: int, position: int) -> str:
         p = self.param_groups[index]["params"][position]
+        if p.device.type == "cuda" and not _native.C.build_info()["cuda"]:  # type: ignore[union-attr]
+            return (
+                f"{self._label(index, position)}: fused=True, but this build of tiger_ext has no "
+                "CUDA kernels (it was compiled against a CPU torch or without a CUDA toolkit)"
+            )
         return (
             f"{self._label(index, position)}: fused=True, but there is no native kernel for a "
             f"{type(p).__name__} of dtype {p.dtype} on {p.device} with a gradient of dtype "
@@ -344,7 +366,7 @@ class MixedOptimizer(torch.optim.Optimizer):
 
         ``torch.optim.Optimizer`` casts state to the parameter's dtype, which would round float32
         momenta of bfloat16 parameters, and shares the tensors with ``state_dict``. Here every state
-        tensor is copied, to the parameter's device (``step`` counters stay on the CPU, int64).
+        tensor is copied, to the parameter's device; ``step`` counters stay int64.
         """
         loaded: dict[str, Any] = {}
 
@@ -358,7 +380,7 @@ class MixedOptimizer(torch.optim.Optimizer):
                 for name, value in loaded["state"].get(i, {}).items():
                     if name == "step":
                         self.state[p][name] = torch.as_tensor(value).to(
-                            "cpu", torch.int64, copy=True
+                            _clock_device(p), torch.int64, copy=True
                         )
                     elif isinstance(value, Tensor):
                         self.state[p][name] = value.detach().to(p.device, copy=True)
@@ -380,6 +402,11 @@ class MixedOptimizer(torch.optim.Optimizer):
             algorithm = algorithm_of(group.setdefault("algorithm", self._algorithm))
             for name, value in algorithm.defaults.items():
                 group.setdefault(name, value)
+
+
+def _clock_device(p: Tensor) -> torch.device:
+    """Return where AdamW counts the steps of ``p``: beside it on a GPU, else on the CPU."""
+    return p.device if p.device.type == "cuda" else torch.device("cpu")
 
 
 # Below this size a table's page table fits the caches.

@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "fault_memory_cuda.h"
+
+#include <cuda_runtime.h>
+
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace tiger_ext {
+namespace {
+
+constexpr int kPerAllocation = 64;
+
+struct Pool {
+  std::mutex mutex;
+  std::vector<RowFault*> free;
+};
+
+Pool& pool() {
+  static auto* const p = new Pool();  // outlives every optimizer
+  return *p;
+}
+
+// Allocating host memory is no part of any captured graph and must not spoil one.
+class RelaxedCapture {
+ public:
+  RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  ~RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
+}  // namespace
+
+std::shared_ptr<RowFault> make_fault_memory() {
+  const std::lock_guard lock(pool().mutex);
+  if (pool().free.empty()) {
+    const RelaxedCapture relaxed;
+    RowFault* memory = nullptr;
+    const cudaError_t status = cudaHostAlloc(reinterpret_cast<void**>(&memory),
+                                             kPerAllocation * sizeof(RowFault),
+                                             cudaHostAllocPortable | cudaHostAllocMapped);
+    if (status != cudaSuccess) {
+      cudaGetLastError();  // reported here, so that no later call reports it
+      throw std::runtime_error(std::string("tiger_ext: allocating host memory for CUDA: ") +
+                               cudaGetErrorString(status));
+    }
+    for (int k = 0; k < kPerAllocation; ++k) pool().free.push_back(memory + k);
+  }
+  RowFault* const fault = pool().free.back();
+  pool().free.pop_back();
+  *fault = {};
+  return {fault, [](RowFault* f) {
+            const std::lock_guard lock(pool().mutex);
+            pool().free.push_back(f);
+          }};
+}
+
+}  // namespace tiger_ext

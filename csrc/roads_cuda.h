@@ -1,0 +1,97 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The two roads of a CUDA step. Like those of the CPU: `prepare` allocates, `run` launches and needs
+// nothing more. Nothing here waits for the device. No torch; memory comes from a callback.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+#include "faults.h"
+#include "items.h"
+
+namespace tiger_ext {
+
+// Of a table: sparse dimensions, and dimensions that do not follow one another in memory.
+constexpr int kMaxSeparateDims = 8;
+
+// What the roads of one device need from outside.
+struct DeviceContext {
+  cudaStream_t stream = nullptr;
+  const float* grad_scale = nullptr;  // in device memory, or null
+  const float* found_inf = nullptr;
+  RowFault* faults = nullptr;  // in memory that host and device see
+  // Device memory that lives until the step's kernels have run, aligned to 256 bytes.
+  std::function<void*(int64_t bytes)> allocate;
+};
+
+// The rules' constants, where the host cannot compute them.
+class RulesOnDevice {
+ public:
+  void prepare(const std::vector<DenseItem>& dense, const std::vector<RowsItem>& rows,
+               const std::vector<RuleUse>& idle, const DeviceContext& context);
+  // Advances the counters and computes the constants, unless found_inf cancels the step.
+  void run() const;
+  // The rule struct of item i in device memory, or null: the host's constants hold.
+  const void* dense(size_t i) const { return slot(dense_[i]); }
+  const void* rows(size_t i) const { return slot(rows_[i]); }
+
+ private:
+  struct Job {
+    RuleUse use;
+    bool is_double;
+  };
+  int add(const RuleUse& use, bool is_double);
+  const void* slot(int job) const;
+
+  const DeviceContext* context_ = nullptr;
+  std::vector<Job> jobs_;
+  std::vector<int> dense_, rows_;  // the job of each item, or -1
+  char* memory_ = nullptr;
+};
+
+// Updates every element of parameters with strided gradients.
+class DenseRoadCuda {
+ public:
+  void prepare(const std::vector<DenseItem>& items, const DeviceContext& context);
+  void run(const RulesOnDevice& rules) const;
+
+ private:
+  const std::vector<DenseItem>* items_ = nullptr;
+  const DeviceContext* context_ = nullptr;
+};
+
+// The entries of all tables, sorted by (table, row, entry): key = global row << entry_bits | entry of
+// its table.
+struct SortedEntriesCuda {
+  const uint64_t* keys = nullptr;
+  int entry_bits = 0;
+};
+
+// Checks and sorts; launches at once, because it writes nothing but scratch memory. Entries with a
+// bad index get the row after their table's last one and are reported.
+// Scratch: 16 bytes an entry, what CUB asks for (little more), 16 bytes a table.
+SortedEntriesCuda plan_rows_cuda(const std::vector<RowsItem>& items,
+                                 const std::vector<RowIndices>& indices,
+                                 const std::vector<UpdatePlace>& places,
+                                 const DeviceContext& context);
+
+// Updates every touched row. Scratch: for tables with more than 256 entries, 1/128 of what the
+// entries' values take in the arithmetic type.
+class RowsRoadCuda {
+ public:
+  void prepare(const std::vector<RowsItem>& items, const SortedEntriesCuda& sorted,
+               const DeviceContext& context);
+  void run(const RulesOnDevice& rules) const;
+
+ private:
+  const std::vector<RowsItem>* items_ = nullptr;
+  const DeviceContext* context_ = nullptr;
+  SortedEntriesCuda sorted_;
+  std::vector<void*> sums_;  // of each item: the sums of its long runs' pieces, or null
+};
+
+}  // namespace tiger_ext

@@ -1,0 +1,45 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// A rule's constants on the device. Mostly the host computes them and they travel in the kernel's
+// parameters. Where the learning rate, AdamW's counter or AMP's scale lie in device memory, a small
+// kernel computes them there before the update (roads_cuda.h, RulesOnDevice), so that the host never
+// waits and a captured graph follows the values of each replay.
+#pragma once
+
+#include "items.h"
+#include "roads_cuda.h"
+
+namespace tiger_ext {
+
+template <typename Rule>
+struct RuleSlot {
+  Rule rule;             // if `resolved` is null
+  const Rule* resolved;  // in device memory
+
+  __device__ Rule get() const { return resolved ? *resolved : rule; }
+};
+
+// Whether AMP found an Inf or NaN and the step must not happen.
+__device__ __forceinline__ bool step_cancelled(const float* found_inf) {
+  return found_inf != nullptr && *found_inf != 0.0f;
+}
+
+// Every pair of arithmetic type and rule: calls f.template operator()<T, Rule>().
+template <typename F>
+void for_each_rule(F&& f) {
+  f.template operator()<float, SignMomentum<float>>();
+  f.template operator()<float, AdamW<float>>();
+  f.template operator()<float, AdamWWithoutMoment1<float>>();
+  f.template operator()<double, SignMomentum<double>>();
+  f.template operator()<double, AdamW<double>>();
+  f.template operator()<double, AdamWWithoutMoment1<double>>();
+}
+
+// Whether a parameter is one for this pair.
+template <typename T, typename Rule>
+bool is_updated_by(const RuleUse& use, const Stream& param) {
+  return Rule::kKind == use.params->kind &&
+         (param.storage == Storage::kFloat64) == (sizeof(T) == sizeof(double));
+}
+
+}  // namespace tiger_ext

@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// A step on the CPU: items, the plan of the rows, and the two roads.
+#include <ATen/core/Tensor.h>
+#include <ATen/core/grad_mode.h>
+
+#include <memory>
+#include <vector>
+
+#include "checks.h"
+#include "item_builder.h"
+#include "roads_cpu.h"
+#include "row_plan_cpu.h"
+#include "step.h"
+
+namespace tiger_ext {
+namespace {
+
+class CpuStep final : public DeviceStep {
+ public:
+  explicit CpuStep(const StepContext& context) {
+    cpu_kernels();  // a wrong TIGER_EXT_CPU_ISA shows before anything is written
+    if (context.grad_scale.defined()) grad_scale_ = context.grad_scale.item<double>();
+    if (context.found_inf.defined()) cancelled_ = context.found_inf.item<double>() != 0.0;
+  }
+
+  void add(Update& u) override {
+    check_update(u);
+    u.rule.grad_factor /= grad_scale_;
+    if (u.lr.defined()) u.rule.lr = u.lr.item<double>();
+    if (u.step.defined()) {
+      correct_bias(u.rule, *u.step.const_data_ptr<int64_t>() + 1);
+      counters_.push_back(u.step);
+    }
+    builder_.add(u);
+  }
+
+  void prepare() override {
+    dense_road_.prepare(builder_.dense());
+    const std::vector<RowsItem>& rows = builder_.rows();
+    if (rows.empty()) return;
+    const BadIndex bad = plan_rows(rows, builder_.indices(), scratch_, sorted_);
+    if (bad.item < 0) return rows_road_.prepare(rows, sorted_, scratch_);
+    const RowIndices& ix = builder_.indices()[bad.item];
+    const int64_t index = ix.data[bad.dimension * ix.dim_stride + bad.entry * ix.entry_stride];
+    throw bad_index(builder_.row_places()[bad.item], bad.entry, index, bad.dimension,
+                    ix.sizes[bad.dimension]);
+  }
+
+  bool cancelled() const override { return cancelled_; }
+
+  void apply() override {
+    const at::NoGradGuard no_grad;
+    dense_road_.run();
+    rows_road_.run();
+    for (const at::Tensor& counter : counters_) ++*counter.mutable_data_ptr<int64_t>();
+    builder_.finish();
+  }
+
+ private:
+  // Most parameters have taken the same number of steps.
+  void correct_bias(RuleParams& rule, int64_t step) {
+    if (step != corrected_step_ || rule.beta1 != corrected_.beta1 ||
+        rule.beta2 != corrected_.beta2) {
+      corrected_step_ = step;
+      corrected_ = rule;
+      set_bias_corrections(corrected_, step);
+    }
+    rule.bias_correction1 = corrected_.bias_correction1;
+    rule.bias_correction2 = corrected_.bias_correction2;
+  }
+
+  int64_t corrected_step_ = -1;
+  RuleParams corrected_;
+  double grad_scale_ = 1.0;
+  bool cancelled_ = false;
+  ItemBuilder builder_;
+  std::vector<at::Tensor> counters_;
+  Scratch scratch_;
+  SortedEntries sorted_;
+  DenseRoad dense_road_;
+  RowsRoad rows_road_;
+};
+
+const DeviceRegistration registration(c10::DeviceType::CPU, [](const StepContext& context) {
+  return std::unique_ptr<DeviceStep>(std::make_unique<CpuStep>(context));
+});
+
+}  // namespace
+}  // namespace tiger_ext

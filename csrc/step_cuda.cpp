@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// A step on CUDA devices: tensors become items, memory comes from torch's caching allocator, and the
+// roads launch on the current stream of each device. The host never waits for a device.
+#include <ATen/Functions.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/core/grad_mode.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include <map>
+#include <memory>
+#include <vector>
+
+#include "checks.h"
+#include "fault_memory_cuda.h"
+#include "item_builder.h"
+#include "roads_cuda.h"
+#include "step.h"
+
+namespace tiger_ext {
+namespace {
+
+// The part of a step that one device has. `prepare` and `apply` expect it to be current.
+class OneDevice {
+ public:
+  OneDevice(const StepContext& context, c10::Device device) : device_(device) {
+    context_.stream = c10::cuda::getCurrentCUDAStream(device.index()).stream();
+    context_.grad_scale = pointer<float>(context.grad_scale, at::kFloat);
+    context_.found_inf = pointer<float>(context.found_inf, at::kFloat);
+    context_.allocate = [this](int64_t bytes) {
+      kept_.push_back(at::empty({bytes}, at::TensorOptions().dtype(at::kByte).device(device_)));
+      return kept_.back().mutable_data_ptr();
+    };
+  }
+
+  c10::Device device() const { return device_; }
+
+  void add(const Update& u) {
+    if (!u.grad.defined()) check_rows(u);
+    if (u.lr.defined() && !u.lr.is_same(lr_source_)) {
+      lr_source_ = u.lr;
+      lr_ = pointer<double>(u.lr, at::kDouble);
+    }
+    builder_.add(u, u.lr.defined() ? lr_ : nullptr,
+                 u.step.defined() ? u.step.mutable_data_ptr<int64_t>() : nullptr);
+  }
+
+  void prepare(Faults& faults) {
+    rules_.prepare(builder_.dense(), builder_.rows(), builder_.idle(), context_);
+    dense_road_.prepare(builder_.dense(), context_);
+    if (builder_.rows().empty()) return;
+    if (!faults.memory) faults.memory = make_fault_memory();
+    context_.faults = faults.memory.get();
+    const SortedEntriesCuda sorted =
+        plan_rows_cuda(builder_.rows(), builder_.indices(), builder_.row_places(), context_);
+    rows_road_.prepare(builder_.rows(), sorted, context_);
+  }
+
+  void apply() {
+    rules_.run();
+    dense_road_.run(rules_);
+    rows_road_.run(rules_);
+    builder_.finish();
+  }
+
+ private:
+  // A small tensor in this device's memory, copied there if it must be, without waiting.
+  template <typename T>
+  T* pointer(const at::Tensor& t, at::ScalarType type) {
+    if (!t.defined()) return nullptr;
+    kept_.push_back(t.to(device_, type, /*non_blocking=*/true));
+    return kept_.back().template mutable_data_ptr<T>();
+  }
+
+  static void check_rows(const Update& u) {
+    const int64_t sparse_dim = u.indices.size(0);
+    const int64_t limit = kMaxSeparateDims;
+    if (sparse_dim > limit || (u.param.dim() - sparse_dim > limit && !u.param.is_contiguous()))
+      refuse(u, "the CUDA kernels take up to ", limit, " sparse and, unless the parameter is ",
+             "contiguous, ", limit, " dense dimensions, got ", sparse_dim, " and ",
+             u.param.dim() - sparse_dim);
+    if (u.values.size(0) > 0 && u.values.numel() / u.values.size(0) > INT32_MAX)
+      refuse(u, "the CUDA kernels take rows of up to ", INT32_MAX, " elements, got ",
+             u.values.numel() / u.values.size(0));
+  }
+
+  c10::Device device_;
+  DeviceContext context_;
+  ItemBuilder builder_;
+  at::Tensor lr_source_;
+  const double* lr_ = nullptr;
+  RulesOnDevice rules_;
+  DenseRoadCuda dense_road_;
+  RowsRoadCuda rows_road_;
+  std::vector<at::Tensor> kept_;  // freed after the launches, which the caching allocator permits
+};
+
+class CudaStep final : public DeviceStep {
+ public:
+  explicit CudaStep(const StepContext& context) : context_(context) {}
+
+  void add(Update& u) override {
+    check_update(u);
+    std::unique_ptr<OneDevice>& device = devices_[u.param.device().index()];
+    if (!device) device = std::make_unique<OneDevice>(context_, u.param.device());
+    device->add(u);
+  }
+
+  void prepare() override {
+    for (const auto& [index, device] : devices_) {
+      const c10::cuda::CUDAGuard guard(device->device());
+      device->prepare(*context_.faults);
+    }
+  }
+
+  bool cancelled() const override { return false; }  // the kernels see found_inf
+
+  void apply() override {
+    const at::NoGradGuard no_grad;
+    for (const auto& [index, device] : devices_) {
+      const c10::cuda::CUDAGuard guard(device->device());
+      device->apply();
+    }
+  }
+
+ private:
+  StepContext context_;
+  std::map<c10::DeviceIndex, std::unique_ptr<OneDevice>> devices_;
+};
+
+const DeviceRegistration registration(c10::DeviceType::CUDA, [](const StepContext& context) {
+  return std::unique_ptr<DeviceStep>(std::make_unique<CudaStep>(context));
+});
+
+}  // namespace
+}  // namespace tiger_ext

@@ -1,0 +1,98 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Loads and stores of kWidth neighbouring elements as one access, converted to and from the
+// arithmetic type. The storage type is either fixed at compile time or looked up per tensor.
+#pragma once
+
+#include "items.h"
+
+namespace tiger_ext {
+
+// A storage type known to the compiler: the switches below fold away.
+template <Storage kStorage>
+struct Fixed {
+  static TIGER_EXT_INLINE Storage storage(Storage) { return kStorage; }
+};
+
+// A storage type that differs from tensor to tensor.
+struct Any {
+  static TIGER_EXT_INLINE Storage storage(Storage s) { return s; }
+};
+
+template <typename S, int kWidth>
+struct alignas(sizeof(S) * kWidth) Packed {
+  S elements[kWidth];
+};
+
+template <typename T, int kWidth, typename S>
+__device__ __forceinline__ void load_packed(const S* source, bool aligned, T (&out)[kWidth]) {
+  Packed<S, kWidth> packed;
+  if (aligned) {
+    packed = *reinterpret_cast<const Packed<S, kWidth>*>(source);
+  } else {
+#pragma unroll
+    for (int w = 0; w < kWidth; ++w) packed.elements[w] = source[w];
+  }
+#pragma unroll
+  for (int w = 0; w < kWidth; ++w) out[w] = load_element<T>(packed.elements[w]);
+}
+
+template <typename T, int kWidth, typename S>
+__device__ __forceinline__ void store_packed(S* target, bool aligned, const T (&in)[kWidth]) {
+  Packed<S, kWidth> packed;
+#pragma unroll
+  for (int w = 0; w < kWidth; ++w) store_element<T>(&packed.elements[w], in[w]);
+  if (aligned) {
+    *reinterpret_cast<Packed<S, kWidth>*>(target) = packed;
+  } else {
+#pragma unroll
+    for (int w = 0; w < kWidth; ++w) target[w] = packed.elements[w];
+  }
+}
+
+// Elements [offset, offset + kWidth) of a stream. `aligned`: the address is a multiple of the
+// vector's size.
+template <typename Access, typename T, int kWidth>
+__device__ __forceinline__ void load_vector(const Stream& s, int64_t offset, bool aligned,
+                                            T (&out)[kWidth]) {
+  switch (Access::storage(s.storage)) {
+    case Storage::kFloat32:
+      return load_packed(static_cast<const float*>(s.data) + offset, aligned, out);
+    case Storage::kFloat64:
+      return load_packed(static_cast<const double*>(s.data) + offset, aligned, out);
+    case Storage::kBFloat16:
+      return load_packed(static_cast<const BFloat16*>(s.data) + offset, aligned, out);
+    case Storage::kFloat16:
+      break;
+  }
+  load_packed(static_cast<const Float16*>(s.data) + offset, aligned, out);
+}
+
+template <typename Access, typename T, int kWidth>
+__device__ __forceinline__ void store_vector(const Stream& s, int64_t offset, bool aligned,
+                                             const T (&in)[kWidth]) {
+  switch (Access::storage(s.storage)) {
+    case Storage::kFloat32:
+      return store_packed(static_cast<float*>(s.data) + offset, aligned, in);
+    case Storage::kFloat64:
+      return store_packed(static_cast<double*>(s.data) + offset, aligned, in);
+    case Storage::kBFloat16:
+      return store_packed(static_cast<BFloat16*>(s.data) + offset, aligned, in);
+    case Storage::kFloat16:
+      break;
+  }
+  store_packed(static_cast<Float16*>(s.data) + offset, aligned, in);
+}
+
+// One step of kWidth elements in registers.
+template <typename Rule, typename T, int kWidth>
+__device__ __forceinline__ void apply_rule(const Rule& rule, const T (&grad)[kWidth],
+                                           T (&param)[kWidth], T (&states)[Rule::kStates][kWidth]) {
+#pragma unroll
+  for (int w = 0; w < kWidth; ++w) {
+    if constexpr (Rule::kStates == 1) rule(grad[w], param[w], states[0][w]);
+    else rule(grad[w], param[w], states[0][w], states[1][w]);
+  }
+}
+
+}  // namespace tiger_ext

@@ -78,6 +78,10 @@ if sanitize:
         "-g",
     ]
 
+nvcc_flags = ["-O3", "-std=c++20", "-fmad=false", "-Xcompiler=-Wall,-Wextra"]
+if os.environ.get("TIGER_EXT_STRICT") == "1":  # `make cuda-build`: no warning, no spilled register
+    nvcc_flags += ["-Werror=all-warnings", "-Xptxas=-v,-warn-spills,-warn-lmem-usage"]
+
 cuda = cuda_wanted()
 setup(
     ext_modules=[
@@ -89,7 +93,7 @@ setup(
                 if path.suffix == ".cpp" and (cuda or not path.stem.endswith("_cuda"))
                 or path.suffix == ".cu" and cuda
             ),
-            extra_compile_args={"cxx": flags, "nvcc": ["-O3", "-std=c++20", "-fmad=false"]},
+            extra_compile_args={"cxx": flags, "nvcc": nvcc_flags},
             extra_link_args=["-fopenmp"] + ([f"-fsanitize={sanitize}"] if sanitize else []),
             define_macros=[
                 ("TIGER_EXT_VERSION", f'"{version}"'),

@@ -26,7 +26,7 @@ struct DenseWork {
   int64_t numel;
   Storage storage[kStreams<Rule>];
   bool aligned[kStreams<Rule>];  // from `head` on
-  int8_t head;  // elements before the first vector
+  int8_t head;                   // elements before the first vector
 
   __device__ Stream stream(int k) const { return {data[k], storage[k]}; }
 };
@@ -116,8 +116,10 @@ int align(DenseWork<Rule>& work, int width) {
     int count = 0;
     for (int k = 0; k < kStreams<Rule>; ++k) {
       const int64_t size = storage_size(work.storage[k]);
-      aligned[k] = (reinterpret_cast<uintptr_t>(work.data[k]) +
-                    static_cast<uintptr_t>(head * size)) % (size * width) == 0;
+      aligned[k] =
+          (reinterpret_cast<uintptr_t>(work.data[k]) + static_cast<uintptr_t>(head * size)) %
+              (size * width) ==
+          0;
       count += aligned[k];
     }
     if (count <= best) continue;

@@ -53,8 +53,9 @@ class Step {
   // Returns (without_state, not_native): positions of parameters that were not added because their
   // state must be created first, or because no native kernel can update them.
   py::tuple add_group(const py::list& params, const py::dict& state, int group, RuleKind kind,
-                      const py::object& lr, double beta1, double beta2, double eps, double weight_decay,
-                      bool maximize, const std::optional<std::vector<int64_t>>& positions) {
+                      const py::object& lr, double beta1, double beta2, double eps,
+                      double weight_decay, bool maximize,
+                      const std::optional<std::vector<int64_t>>& positions) {
     const RuleNames& names = rule_names(kind);
     PyObject* keys[kMaxStateTensors] = {};
     for (int k = 0; k < names.states; ++k) keys[k] = interned(names.state_names[k]);
@@ -135,8 +136,7 @@ class Step {
 
   static const at::Tensor& tensor(py::handle object) {
     if (!THPVariable_Check(object.ptr()))
-      throw py::type_error("expected a tensor, got " +
-                           std::string(Py_TYPE(object.ptr())->tp_name));
+      throw py::type_error("expected a tensor, got " + std::string(Py_TYPE(object.ptr())->tp_name));
     return THPVariable_Unpack(object.ptr());
   }
 
@@ -188,8 +188,8 @@ void bind_eager(py::module_& m) {
 
   py::class_<Faults>(m, "Faults").def(py::init<>());
   py::class_<Step>(m, "Step")
-      .def(py::init<Faults&, const py::object&, const py::object&>(),
-           py::arg("faults"), py::arg("grad_scale"), py::arg("found_inf"), py::keep_alive<1, 2>())
+      .def(py::init<Faults&, const py::object&, const py::object&>(), py::arg("faults"),
+           py::arg("grad_scale"), py::arg("found_inf"), py::keep_alive<1, 2>())
       .def("add_group", &Step::add_group)
       .def("prepare", &Step::prepare)
       .def("cancelled", &Step::cancelled)

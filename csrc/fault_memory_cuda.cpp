@@ -40,9 +40,9 @@ std::shared_ptr<RowFault> make_fault_memory() {
   if (pool().free.empty()) {
     const RelaxedCapture relaxed;
     RowFault* memory = nullptr;
-    const cudaError_t status = cudaHostAlloc(reinterpret_cast<void**>(&memory),
-                                             kPerAllocation * sizeof(RowFault),
-                                             cudaHostAllocPortable | cudaHostAllocMapped);
+    const cudaError_t status =
+        cudaHostAlloc(reinterpret_cast<void**>(&memory), kPerAllocation * sizeof(RowFault),
+                      cudaHostAllocPortable | cudaHostAllocMapped);
     if (status != cudaSuccess) {
       cudaGetLastError();  // reported here, so that no later call reports it
       throw std::runtime_error(std::string("tiger_ext: allocating host memory for CUDA: ") +

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The two roads of a CUDA step. Like those of the CPU: `prepare` allocates, `run` launches and needs
-// nothing more. Nothing here waits for the device. No torch; memory comes from a callback.
+// The two roads of a CUDA step. Like those of the CPU: `prepare` allocates, `run` launches and
+// needs nothing more. Nothing here waits for the device. No torch; memory comes from a callback.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -64,8 +64,8 @@ class DenseRoadCuda {
   const DeviceContext* context_ = nullptr;
 };
 
-// The entries of all tables, sorted by (table, row, entry): key = global row << entry_bits | entry of
-// its table.
+// The entries of all tables, sorted by (table, row, entry): key = global row << entry_bits | entry
+// of its table.
 struct SortedEntriesCuda {
   const uint64_t* keys = nullptr;
   int entry_bits = 0;

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The row plan on CUDA. Every entry becomes one 64-bit key, (global row << entry_bits | entry of its
-// table): keys alone are sorted, by the bits of the row only, which moves the same 8 bytes an entry
-// as 32-bit rows with 32-bit positions would and knows no limit short of 64 bits.
+// The row plan on CUDA. Every entry becomes one 64-bit key, (global row << entry_bits | entry of
+// its table): keys alone are sorted, by the bits of the row only, which moves the same 8 bytes an
+// entry as 32-bit rows with 32-bit positions would and knows no limit short of 64 bits.
 #include <cub/device/device_radix_sort.cuh>
 
 #include "multi_tensor.cuh"
@@ -87,9 +87,9 @@ struct PackKeys {
 
  private:
   __device__ void note(const Item& item, int64_t entry, unsigned dimension) const {
-    atomicMin(&fault->first,
-              static_cast<unsigned long long>(item.first_entry + entry) << kDimensionBits |
-                  dimension);
+    atomicMin(
+        &fault->first,
+        static_cast<unsigned long long>(item.first_entry + entry) << kDimensionBits | dimension);
     atomicAdd(&fault->count, 1ull);
   }
 };

@@ -67,10 +67,10 @@ struct TableEntries {
 // ------------------------------------------------------------------------------------ long runs
 //
 // A run is the entries of one row. One of more than kPiece entries is long. Of each kPiece
-// neighbouring entries (a slot) at most one is the first of a long run, and at most one the first of
-// a later piece of a long run. So pieces need no list either: slot q keeps at 2q the sum of the
-// later piece that begins in it, and at 2q + 1 that of the first piece, to which all the later ones,
-// in neighbouring slots, are added in the end.
+// neighbouring entries (a slot) at most one is the first of a long run, and at most one the first
+// of a later piece of a long run. So pieces need no list either: slot q keeps at 2q the sum of the
+// later piece that begins in it, and at 2q + 1 that of the first piece, to which all the later
+// ones, in neighbouring slots, are added in the end.
 
 TIGER_EXT_INLINE int64_t slots(int64_t entries) { return (entries + kPiece - 1) / kPiece; }
 
@@ -228,9 +228,7 @@ struct CombinePieces {
 // Where row r lies: contiguous, at a fixed distance from the next.
 struct StridedRows {
   int64_t row_stride;
-  __device__ int64_t offset(int64_t row, int64_t column) const {
-    return row * row_stride + column;
-  }
+  __device__ int64_t offset(int64_t row, int64_t column) const { return row * row_stride + column; }
 };
 
 // Where element (row, column) lies in a table of any strides.
@@ -290,6 +288,7 @@ template <typename T, typename Rule, typename Access, int kWidth, typename Rows>
 struct RowsUpdate {
   using Item = RowsWork<Rule, Rows>;
   static constexpr bool kNative = !std::is_same_v<Access, Any>;
+  static constexpr int kInFlight = kNative ? 8 : 4;  // entries of a row that are read at a time
   static constexpr int kSharedBytes = sizeof(RowsOfTile);
   static constexpr int kMinBlocks = sizeof(T) == 8 ? 2 : kNative && kWidth > 1 ? 4 : 3;
 
@@ -310,8 +309,8 @@ struct RowsUpdate {
     const Entries tile = t.sorted(all).from(begin);
     const int count = find_rows(item, tile, begin, rows);
 
-    const int column = column_tile * kColumnTile +
-                       static_cast<int>(threadIdx.x) % item.lanes * kWidth;
+    const int column =
+        column_tile * kColumnTile + static_cast<int>(threadIdx.x) % item.lanes * kWidth;
     const int end = column_end(column_tile, t.dim);
     for (int k = static_cast<int>(threadIdx.x) / item.lanes; k < count;
          k += kThreads / item.lanes) {
@@ -335,8 +334,7 @@ struct RowsUpdate {
     const int tile = static_cast<int>(left < item.tile ? left : item.tile);
     const int thread = static_cast<int>(threadIdx.x);
     bool begins = false;
-    if (thread < tile)
-      begins = begin + thread == 0 || sorted.row(thread - 1) != sorted.row(thread);
+    if (thread < tile) begins = begin + thread == 0 || sorted.row(thread - 1) != sorted.row(thread);
     const unsigned ballot = __ballot_sync(kFullWarp, begins);
     if (thread % kWarp == 0) rows.in_warp[thread / kWarp] = __popc(ballot);
     const bool goes_on = tile + thread < left && sorted.row(tile + thread) == sorted.row(tile - 1);
@@ -358,16 +356,25 @@ struct RowsUpdate {
                                 int64_t row, int c) {
     const TableEntries& t = item.table;
     T grad[kWidth], param[kWidth], states[Rule::kStates][kWidth];
+    int i = 1;
+    if (length > kPiece) {
+      const T* const sum = static_cast<const T*>(t.sums) + (2 * (first / kPiece) + 1) * t.dim + c;
+      load_packed(sum, true, grad);
+      i = length;
+    } else {
+      load_value(t, run, 0, c, grad);
+      for (; i + kInFlight <= length; i += kInFlight) add_values<kInFlight>(t, run, i, c, grad);
+      for (; i + kInFlight / 2 <= length; i += kInFlight / 2)
+        add_values<kInFlight / 2>(t, run, i, c, grad);
+    }
+    // Only here, so that many entries can be in flight above; few entries are so together with
+    // these.
     load_vector<Access>(item.streams[0], item.rows[0].offset(row, c), true, param);
 #pragma unroll
     for (int k = 0; k < Rule::kStates; ++k)
       load_vector<Access>(item.streams[1 + k], item.rows[1 + k].offset(row, c), true, states[k]);
-    if (length > kPiece) {
-      const T* const sum = static_cast<const T*>(t.sums) + (2 * (first / kPiece) + 1) * t.dim + c;
-      load_packed(sum, true, grad);
-    } else {
-      sum_entries(t, run, length, c, grad);
-    }
+    for (; i + 2 <= length; i += 2) add_values<2>(t, run, i, c, grad);
+    if (i < length) add_values<1>(t, run, i, c, grad);
     apply_rule(item.rule.get(), grad, param, states);
     store_vector<Access>(item.streams[0], item.rows[0].offset(row, c), true, param);
 #pragma unroll
@@ -380,29 +387,17 @@ struct RowsUpdate {
     load_vector<Access>(t.values, run.entry(i) * t.value_stride + c, true, out);
   }
 
-  // Left to right, a few loads ahead.
-  __device__ static void sum_entries(const TableEntries& t, const Entries& run, int length, int c,
-                                     T (&sum)[kWidth]) {
-    constexpr int kInFlight = kNative ? 2 : 1;
-    load_value(t, run, 0, c, sum);
-    int i = 1;
-    for (; i + kInFlight <= length; i += kInFlight) {
-      T x[kInFlight][kWidth];
+  // Entries [i, i + kCount) of the run, in order.
+  template <int kCount>
+  __device__ static void add_values(const TableEntries& t, const Entries& run, int i, int c,
+                                    T (&sum)[kWidth]) {
+    T x[kCount][kWidth];
 #pragma unroll
-      for (int k = 0; k < kInFlight; ++k) load_value(t, run, i + k, c, x[k]);
+    for (int k = 0; k < kCount; ++k) load_value(t, run, i + k, c, x[k]);
 #pragma unroll
-      for (int k = 0; k < kInFlight; ++k) add(sum, x[k]);
-    }
-    for (; i < length; ++i) {
-      T x[kWidth];
-      load_value(t, run, i, c, x);
-      add(sum, x);
-    }
-  }
-
-  __device__ static void add(T (&sum)[kWidth], const T (&x)[kWidth]) {
+    for (int k = 0; k < kCount; ++k)
 #pragma unroll
-    for (int w = 0; w < kWidth; ++w) sum[w] += x[w];
+      for (int w = 0; w < kWidth; ++w) sum[w] += x[k][w];
   }
 };
 

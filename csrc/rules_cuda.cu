@@ -75,8 +75,7 @@ void RulesOnDevice::prepare(const std::vector<DenseItem>& dense, const std::vect
   for (const RuleUse& use : idle)
     if (use.step) add(use, false);
   if (!jobs_.empty())
-    memory_ = static_cast<char*>(
-        context.allocate(kSlotBytes * static_cast<int64_t>(jobs_.size())));
+    memory_ = static_cast<char*>(context.allocate(kSlotBytes * static_cast<int64_t>(jobs_.size())));
 }
 
 void RulesOnDevice::run() const {

@@ -2,8 +2,8 @@
 //
 // A rule's constants on the device. Mostly the host computes them and they travel in the kernel's
 // parameters. Where the learning rate, AdamW's counter or AMP's scale lie in device memory, a small
-// kernel computes them there before the update (roads_cuda.h, RulesOnDevice), so that the host never
-// waits and a captured graph follows the values of each replay.
+// kernel computes them there before the update (roads_cuda.h, RulesOnDevice), so that the host
+// never waits and a captured graph follows the values of each replay.
 #pragma once
 
 #include "items.h"

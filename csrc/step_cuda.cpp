@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// A step on CUDA devices: tensors become items, memory comes from torch's caching allocator, and the
-// roads launch on the current stream of each device. The host never waits for a device.
+// A step on CUDA devices: tensors become items, memory comes from torch's caching allocator, and
+// the roads launch on the current stream of each device. The host never waits for a device.
 #include <ATen/Functions.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>

@@ -4,6 +4,11 @@
 // arithmetic type. The storage type is either fixed at compile time or looked up per tensor.
 #pragma once
 
+#include <cuda_runtime.h>
+
+#include <cstring>
+#include <type_traits>
+
 #include "items.h"
 
 namespace tiger_ext {
@@ -19,34 +24,63 @@ struct Any {
   static TIGER_EXT_INLINE Storage storage(Storage s) { return s; }
 };
 
-template <typename S, int kWidth>
-struct alignas(sizeof(S) * kWidth) Packed {
-  S elements[kWidth];
-};
+// The widest access that kBytes bytes allow.
+template <int kBytes>
+using Word =
+    std::conditional_t<kBytes % 16 == 0, uint4,
+                       std::conditional_t<kBytes % 8 == 0, uint2,
+                                          std::conditional_t<kBytes % 4 == 0, uint32_t, uint16_t>>>;
+
+// One access. nvcc was seen to split the plain assignment into four of 4 bytes.
+template <typename W>
+__device__ __forceinline__ void store_word(W* p, W x) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(W) == 16) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(x.x), "r"(x.y), "r"(x.z),
+                 "r"(x.w)
+                 : "memory");
+    return;
+  } else if constexpr (sizeof(W) == 8) {
+    asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(p), "r"(x.x), "r"(x.y) : "memory");
+    return;
+  }
+#endif
+  *p = x;
+}
 
 template <typename T, int kWidth, typename S>
 __device__ __forceinline__ void load_packed(const S* source, bool aligned, T (&out)[kWidth]) {
-  Packed<S, kWidth> packed;
+  using W = Word<sizeof(S) * kWidth>;
+  S elements[kWidth];
   if (aligned) {
-    packed = *reinterpret_cast<const Packed<S, kWidth>*>(source);
+    W words[sizeof elements / sizeof(W)];
+#pragma unroll
+    for (size_t k = 0; k < sizeof elements / sizeof(W); ++k)
+      words[k] = reinterpret_cast<const W*>(source)[k];
+    memcpy(elements, words, sizeof elements);
   } else {
 #pragma unroll
-    for (int w = 0; w < kWidth; ++w) packed.elements[w] = source[w];
+    for (int w = 0; w < kWidth; ++w) elements[w] = source[w];
   }
 #pragma unroll
-  for (int w = 0; w < kWidth; ++w) out[w] = load_element<T>(packed.elements[w]);
+  for (int w = 0; w < kWidth; ++w) out[w] = load_element<T>(elements[w]);
 }
 
 template <typename T, int kWidth, typename S>
 __device__ __forceinline__ void store_packed(S* target, bool aligned, const T (&in)[kWidth]) {
-  Packed<S, kWidth> packed;
+  using W = Word<sizeof(S) * kWidth>;
+  S elements[kWidth];
 #pragma unroll
-  for (int w = 0; w < kWidth; ++w) store_element<T>(&packed.elements[w], in[w]);
+  for (int w = 0; w < kWidth; ++w) store_element<T>(&elements[w], in[w]);
   if (aligned) {
-    *reinterpret_cast<Packed<S, kWidth>*>(target) = packed;
+    W words[sizeof elements / sizeof(W)];
+    memcpy(words, elements, sizeof elements);
+#pragma unroll
+    for (size_t k = 0; k < sizeof elements / sizeof(W); ++k)
+      store_word(reinterpret_cast<W*>(target) + k, words[k]);
   } else {
 #pragma unroll
-    for (int w = 0; w < kWidth; ++w) target[w] = packed.elements[w];
+    for (int w = 0; w < kWidth; ++w) target[w] = elements[w];
   }
 }
 

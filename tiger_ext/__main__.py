@@ -24,8 +24,10 @@ def _devices() -> list[str]:
 
 
 def _backend(device: str) -> str:
-    if device == "cpu" and _native.C is not None:
+    if _native.C is not None and device == "cpu":
         return f"native ({_native.C.cpu_isa()})"
+    if _native.C is not None and device == "cuda" and _native.C.build_info()["cuda"]:
+        return "native (CUDA)"
     return "PyTorch reference"
 
 

@@ -212,6 +212,11 @@ class MixedOptimizer(torch.optim.Optimizer):
         return loss
 
     def _step_eager(self) -> None:
+        if _is_capturing() and not all(group["capturable"] for group in self.param_groups):
+            raise RuntimeError(
+                f"{type(self).__name__}.step is being captured in a CUDA graph, but not every "
+                "parameter group has capturable=True"
+            )
         # GradScaler's tensors. On a GPU they are read there, by the kernels.
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if found_inf is not None and found_inf.device.type == "cpu" and float(found_inf) != 0.0:
@@ -328,6 +333,12 @@ class MixedOptimizer(torch.optim.Optimizer):
         for name, dtype in wanted.items():
             if name in state:
                 continue
+            if p.device.type == "cuda" and _is_capturing():
+                raise RuntimeError(
+                    f"{type(self).__name__}.step is being captured in a CUDA graph, but a "
+                    "parameter has no state yet, which every replay would reset: take one step "
+                    "before the capture"
+                )
             created.append((p, name))
             if name == "step":
                 state[name] = torch.zeros((), dtype=dtype, device=_clock_device(p))
@@ -402,6 +413,10 @@ class MixedOptimizer(torch.optim.Optimizer):
             algorithm = algorithm_of(group.setdefault("algorithm", self._algorithm))
             for name, value in algorithm.defaults.items():
                 group.setdefault(name, value)
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def _clock_device(p: Tensor) -> torch.device:

@@ -6,7 +6,9 @@
 #   make wheel       a wheel and an sdist in dist/, tried in an empty venv
 #   make lint        formatting, lint and types
 #   make sanitize    the kernel tests under AddressSanitizer and UBSan
-#   make cuda-build  build and test against the CUDA build of torch, in a venv of its own
+#   make cuda-build  compile the CUDA kernels and test against the CUDA build of torch, without a GPU
+#   make cuda-on-cpu the CUDA kernels' source run on the CPU under sanitizers (part of `make test`)
+#   make gpu-check   on a machine with a GPU: build, tests, compute-sanitizer, benchmarks
 
 PYTHON ?= python3
 export MAX_JOBS ?= 2
@@ -18,10 +20,10 @@ CUDA_VENV := .venv-cuda
 WHEEL_VENV := .venv-wheel
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
-CPP_FILES := $(wildcard csrc/* tests/cpp/*)
+CPP_FILES := $(wildcard csrc/* tests/cpp/* $(addprefix tests/cuda_on_cpu/,*.cpp include/*.h include/*/*/*))
 BENCHMARKS := sparse dense small_tensors embedding_step
 
-.PHONY: all build demo test test-cpp bench wheel lint sanitize cuda-build clean
+.PHONY: all build demo test test-cpp bench wheel lint sanitize cuda-build cuda-on-cpu gpu-check clean
 all: build
 
 $(VENV)/.ready: requirements/test.txt
@@ -43,7 +45,7 @@ test-cpp: $(VENV)/.ready
 	$(BIN)/cmake --build build/cpp
 	$(BIN)/ctest --test-dir build/cpp --output-on-failure
 
-test: build test-cpp
+test: build test-cpp cuda-on-cpu
 	TIGER_EXT_REQUIRE_NATIVE=1 $(BIN)/python -m pytest tests
 
 $(VENV)/.bench: $(VENV)/.ready requirements/bench.txt
@@ -73,15 +75,29 @@ lint: $(VENV)/.lint
 
 # The sanitizers' runtimes must come first in the process, hence LD_PRELOAD; leaks of the interpreter
 # are not ours.
+SANITIZED := LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. TIGER_EXT_REQUIRE_NATIVE=1 OMP_NUM_THREADS=2
+PYTEST := -m pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR)
+
 sanitize: $(VENV)/.ready
 	rm -rf build/sanitize
 	TIGER_EXT_SANITIZE=address,undefined $(BIN)/python setup.py -q build \
 	  --build-lib build/sanitize/lib --build-temp build/sanitize/temp
-	cd build/sanitize/lib && \
-	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
-	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. TIGER_EXT_REQUIRE_NATIVE=1 OMP_NUM_THREADS=2 \
-	  ../../../$(BIN)/python -m pytest -c ../../../pyproject.toml --rootdir ../../.. \
-	  ../../../tests/test_rows.py ../../../tests/test_dense.py
+	cd build/sanitize/lib && $(SANITIZED) $(CURDIR)/$(BIN)/python $(PYTEST) \
+	  $(CURDIR)/tests/test_rows.py $(CURDIR)/tests/test_dense.py
+
+# Every CUDA kernel, compiled by the host compiler and run by the emulator in tests/cuda_on_cpu.
+EMULATED := test_dense test_rows test_determinism test_optimizer
+cuda-on-cpu: $(VENV)/.ready
+	rm -rf build/cuda-on-cpu && mkdir -p build/cuda-on-cpu
+	g++ -std=c++20 -O1 -g1 -Wall -Wextra -fsanitize=address,undefined -fno-sanitize-recover=all \
+	  -Itests/cuda_on_cpu/include tests/cuda_on_cpu/emulator.cpp tests/cuda_on_cpu/selftest.cpp \
+	  -o build/cuda-on-cpu/selftest
+	build/cuda-on-cpu/selftest
+	TIGER_EXT_SANITIZE=address,undefined $(BIN)/python tests/cuda_on_cpu/setup.py -q build \
+	  --build-lib build/cuda-on-cpu/lib --build-temp build/cuda-on-cpu/temp
+	cd build/cuda-on-cpu/lib && TIGER_EXT_CUDA_ON_CPU=1 $(SANITIZED) $(CURDIR)/$(BIN)/python $(PYTEST) \
+	  $(CURDIR)/tests/cuda_on_cpu $(EMULATED:%=$(CURDIR)/tests/%.py)
 
 $(CUDA_VENV)/.ready: requirements/test.txt requirements/cuda.txt
 	$(PYTHON) -m venv $(CUDA_VENV)
@@ -92,12 +108,21 @@ $(CUDA_VENV)/.ready: requirements/test.txt requirements/cuda.txt
 # Built out of tree and tested from another folder: this folder holds the module for the CPU torch.
 cuda-build: $(CUDA_VENV)/.ready
 	rm -rf build/cuda && mkdir -p build/cuda/run
-	TORCH_CUDA_ARCH_LIST="8.0;9.0+PTX" $(CUDA_VENV)/bin/python setup.py -q build \
-	  --build-lib build/cuda/lib --build-temp build/cuda/temp
+	TIGER_EXT_CUDA=1 TIGER_EXT_STRICT=1 TORCH_CUDA_ARCH_LIST="8.0;9.0+PTX" \
+	  $(CUDA_VENV)/bin/python setup.py build \
+	  --build-lib build/cuda/lib --build-temp build/cuda/temp > build/cuda/build.log 2>&1 \
+	  || { cat build/cuda/build.log; exit 1; }
+	for file in csrc/*_cuda.cu; do $(CUDA_HOME)/bin/nvcc --ptx -arch=compute_90 -O3 -std=c++20 \
+	  -fmad=false $$file -o build/cuda/$$(basename $$file .cu).ptx || exit 1; done
+	$(CUDA_VENV)/bin/python tests/kernel_resources.py build/cuda/build.log build/cuda/*.ptx
 	cd build/cuda/run && PYTHONPATH=../lib TIGER_EXT_REQUIRE_NATIVE=1 \
 	  ../../../$(CUDA_VENV)/bin/python -m tiger_ext
 	cd build/cuda/run && PYTHONPATH=$(CURDIR)/build/cuda/lib TIGER_EXT_REQUIRE_NATIVE=1 \
-	  ../../../$(CUDA_VENV)/bin/python -m pytest -c ../../../pyproject.toml --rootdir ../../.. ../../../tests
+	  $(CURDIR)/$(CUDA_VENV)/bin/python $(PYTEST) $(CURDIR)/tests
+
+# Uses the Python at hand, with its torch, and no network.
+gpu-check:
+	$(PYTHON) tests/gpu_check.py $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info tiger_ext/_C.*.so $(VENV) $(CUDA_VENV) $(WHEEL_VENV)

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The resources of every CUDA kernel as ptxas reports them, against a committed baseline.
+"""What every CUDA kernel needs, as the compiler tells, against a committed baseline.
 
-    python tests/kernel_resources.py BUILD_LOG            compare; exit status 1 if anything is worse
-    python tests/kernel_resources.py BUILD_LOG --update   write the baseline
+    python tests/kernel_resources.py BUILD_LOG PTX...            compare; exit status 1 if worse
+    python tests/kernel_resources.py BUILD_LOG PTX... --update   write the baseline
 
-BUILD_LOG is the output of a build with TIGER_EXT_STRICT=1. No kernel may spill registers or use
-local memory. More registers than in the baseline mean fewer threads at a time: if that is wanted,
-update the baseline.
+BUILD_LOG is the output of a build with TIGER_EXT_STRICT=1, PTX are the kernels compiled with
+``nvcc --ptx``. No kernel may spill registers or use local memory. More registers than in the
+baseline mean fewer threads at a time, more narrow stores that the compiler took wide ones apart
+(it did). If a change is wanted, update the baseline.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 BASELINE = Path(__file__).with_suffix(".json")
@@ -58,13 +60,32 @@ def resources(log: str) -> dict[str, dict[str, dict[str, int]]]:
     return {name: table[name] for name in sorted(table)}
 
 
+def stores(ptx: str) -> dict[str, dict[str, int]]:
+    """Return kernel -> bytes of a store to global memory -> how many there are."""
+    counts: dict[str, Counter[str]] = {}
+    for line in ptx.splitlines():
+        if match := re.search(r"\.entry (\w+)", line):
+            counter = counts.setdefault(match[1], Counter())
+        elif match := re.search(r"\bst\.global(?:\.v(\d))?\.[a-z](\d+)", line):
+            counter[str(int(match[1] or 1) * int(match[2]) // 8)] += 1
+    own = {name: count for name, count in counts.items() if "multi_tensor_kernel" in name}
+    short = readable(sorted(own))
+    return {short[name]: dict(sorted(count.items())) for name, count in own.items()}
+
+
 def complaints(table: dict, baseline: dict) -> list[str]:
     """Say what is worse than it may be."""
     worse = []
     for name in sorted(set(table) ^ set(baseline)):
         worse.append(f"{name}: {'new' if name in table else 'gone'}; update the baseline")
     for name, by_architecture in table.items():
+        wide = by_architecture["stores"]
+        expected = baseline.get(name, {}).get("stores", wide)
+        if wide != expected:
+            worse.append(f"{name}: stores by bytes {wide}, {expected} in the baseline")
         for architecture, numbers in by_architecture.items():
+            if architecture == "stores":
+                continue
             where = f"{name} ({architecture})"
             if any(numbers[key] for key in ("stack", "spill_stores", "spill_loads")):
                 worse.append(f"{where}: uses local memory: {numbers}")
@@ -77,18 +98,23 @@ def complaints(table: dict, baseline: dict) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("log", type=Path)
+    parser.add_argument("ptx", type=Path, nargs="+")
     parser.add_argument("--update", action="store_true")
     arguments = parser.parse_args()
     table = resources(arguments.log.read_text())
     if not table:
         print(f"{arguments.log} has no report of ptxas")
         return 1
+    for path in arguments.ptx:
+        for name, count in stores(path.read_text()).items():
+            table[name]["stores"] = count
     if arguments.update:
         BASELINE.write_text(json.dumps(table, indent=1) + "\n")
-    architectures = sorted({a for by in table.values() for a in by})
-    print(f"{'registers (all: no spills, no local memory)':<76}", *architectures)
+    architectures = sorted({a for by in table.values() for a in by} - {"stores"})
+    print(f"{'registers':<76}", *architectures, "stores by bytes")
     for name, by in table.items():
-        print(f"{name:<76}", *(f"{by[a]['registers']:>{len(a)}}" for a in architectures if a in by))
+        registers = (f"{by[a]['registers']:>{len(a)}}" for a in architectures if a in by)
+        print(f"{name:<76}", *registers, *(f"{n}x{b}" for b, n in by["stores"].items()))
     worse = complaints(table, json.loads(BASELINE.read_text()))
     print(*worse, sep="\n")
     return 1 if worse else 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -56,7 +56,7 @@ def memory(t: Tensor) -> Tensor:
 
 
 def moved(t: Tensor, device: torch.device) -> Tensor:
-    """Return a copy that lies in its own memory as ``t`` lies in its, what is beside it included."""
+    """Return a copy of ``t``, and of all that is beside it in its memory."""
     if t.layout == torch.sparse_coo:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -77,6 +77,12 @@ def shifted(t: Tensor, elements: int) -> Tensor:
     view = whole[elements : elements + t.numel()].view(t.shape)
     view.copy_(t)
     return view
+
+
+def shifts(*elements: int) -> Callable[[Tensor], Tensor]:
+    """Return a function that copies like ``shifted``, by another of ``elements`` each time."""
+    unused = iter(elements)
+    return lambda t: shifted(t, next(unused))
 
 
 def entries(
@@ -175,6 +181,23 @@ def repeat(make: Any, params: Sequence[Tensor], steps: int = 3) -> list[list[Ten
     return [[make(p) for p in params] for _ in range(steps)]
 
 
+def momenta(
+    rule: Rule, p: Tensor, dtype: torch.dtype, make: Callable[[Tensor], Tensor] = torch.Tensor.clone
+) -> dict[str, Tensor]:
+    """Return random first states of a parameter, each copied by ``make``."""
+    names = {"tiger": ["exp_avg"], "lion": ["exp_avg"], "adamw": ["exp_avg", "exp_avg_sq"]}
+    wanted = names.get(rule.name, ["exp_avg_sq"])
+    state = {}
+    for name in wanted:
+        square = name == "exp_avg_sq"
+        wide = torch.promote_types(dtype, p.dtype) if square else dtype
+        value = torch.randn(p.shape, dtype=torch.float64).to(wide)
+        state[name] = make(value.square() if square else value)
+    if rule.name.startswith("adamw"):
+        state["step"] = torch.tensor(3)
+    return state
+
+
 class Side:
     """An optimizer over copies of a problem's tensors."""
 
@@ -194,7 +217,10 @@ class Side:
         ]
         self.opt = task.groups[0].rule.cls(groups)
         self.opt.state.update(
-            {self.params[k]: {n: moved(t, device) for n, t in s.items()} for k, s in task.states.items()}
+            {
+                self.params[k]: {n: moved(t, device) for n, t in s.items()}
+                for k, s in task.states.items()
+            }
         )
 
     def step(self, number: int) -> None:
@@ -228,7 +254,9 @@ def assert_sides_agree(actual: Side, expected: dict[str, Tensor], steps: int, la
     found = actual.snapshot()
     assert found.keys() == expected.keys()
     adam = {
-        f"parameter {k}" for k, p in enumerate(actual.params) if "step" in actual.opt.state.get(p, {})
+        f"parameter {k}"
+        for k, p in enumerate(actual.params)
+        if "step" in actual.opt.state.get(p, {})
     }
     for name, t in found.items():
         if ON_GPU and name in adam:

@@ -149,7 +149,7 @@ def verify(
     start = torch.randn(gradients[0].shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     tolerance, allowed = _TOLERANCE[dtype]
     for name, method in methods.items():
-        tested, expected = Parameter(start.to(DEVICE)), Parameter(start.double())
+        tested, expected = Parameter(start.to(DEVICE, copy=True)), Parameter(start.double())
         try:
             pair = method.make([tested], lr=0.1), method.reference([expected], lr=0.1)
             for gradient in gradients:

@@ -50,14 +50,15 @@ __device__ __forceinline__ void store_word(W* p, W x) {
 
 template <typename T, int kWidth, typename S>
 __device__ __forceinline__ void load_packed(const S* source, bool aligned, T (&out)[kWidth]) {
-  using W = Word<sizeof(S) * kWidth>;
+  constexpr int kBytes = sizeof(S) * kWidth;
+  using W = Word<kBytes>;
+  constexpr int kWords = kBytes / sizeof(W);
   S elements[kWidth];
   if (aligned) {
-    W words[sizeof elements / sizeof(W)];
+    W words[kWords];
 #pragma unroll
-    for (size_t k = 0; k < sizeof elements / sizeof(W); ++k)
-      words[k] = reinterpret_cast<const W*>(source)[k];
-    memcpy(elements, words, sizeof elements);
+    for (int k = 0; k < kWords; ++k) words[k] = reinterpret_cast<const W*>(source)[k];
+    memcpy(elements, words, kBytes);
   } else {
 #pragma unroll
     for (int w = 0; w < kWidth; ++w) elements[w] = source[w];
@@ -68,16 +69,17 @@ __device__ __forceinline__ void load_packed(const S* source, bool aligned, T (&o
 
 template <typename T, int kWidth, typename S>
 __device__ __forceinline__ void store_packed(S* target, bool aligned, const T (&in)[kWidth]) {
-  using W = Word<sizeof(S) * kWidth>;
+  constexpr int kBytes = sizeof(S) * kWidth;
+  using W = Word<kBytes>;
+  constexpr int kWords = kBytes / sizeof(W);
   S elements[kWidth];
 #pragma unroll
   for (int w = 0; w < kWidth; ++w) store_element<T>(&elements[w], in[w]);
   if (aligned) {
-    W words[sizeof elements / sizeof(W)];
-    memcpy(words, elements, sizeof elements);
+    W words[kWords];
+    memcpy(words, elements, kBytes);
 #pragma unroll
-    for (size_t k = 0; k < sizeof elements / sizeof(W); ++k)
-      store_word(reinterpret_cast<W*>(target) + k, words[k]);
+    for (int k = 0; k < kWords; ++k) store_word(reinterpret_cast<W*>(target) + k, words[k]);
   } else {
 #pragma unroll
     for (int w = 0; w < kWidth; ++w) target[w] = elements[w];

@@ -15,8 +15,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sanitize = os.environ.get("TIGER_EXT_SANITIZE", "")
 flags = [
-    # At -O2 GCC 12 was seen to merge a vector's load with the loads of its elements one by one, which
-    # are there for memory that is not aligned, into one that wants it aligned.
+    # At -O2 GCC 12 was seen to merge a vector's load with the loads of its elements one by one,
+    # which are there for memory that is not aligned, into one that wants it aligned.
     "-O1",
     "-std=c++20",
     "-fopenmp",

@@ -68,6 +68,19 @@ inline void check_update(const Update& u) {
                              u.step.numel() == 1 && u.step.device() == param.device()))
     refuse(u, "the state step must be one int64 element on ", param.device());
 
+  if (u.window.defined() &&
+      !(u.window.scalar_type() == at::kInt && u.window.is_contiguous() &&
+        u.window.device() == param.device() && u.window.dim() <= param.dim() &&
+        u.window.sizes() == param.sizes().slice(0, u.window.dim())))
+    refuse(u, "the state window must be a contiguous int32 tensor on ", param.device(),
+           " of the parameter's first dimensions, got ", u.window.scalar_type(), " ",
+           u.window.sizes(), " on ", u.window.device());
+  if (u.rule.touched == Touched::kMasked && u.grad.defined() &&
+      !(u.mask.defined() && u.mask.scalar_type() == at::kByte && u.mask.is_contiguous() &&
+        u.mask.device() == param.device() && u.mask.numel() == param.size(0)))
+    refuse(u, "the mask of touched rows must be a contiguous uint8 tensor of ", param.size(0),
+           " elements on ", param.device());
+
   if (u.grad.defined()) {
     check_device(u, u.grad, "the gradient");
     storage_of(u, u.grad, "the gradient");
@@ -76,12 +89,18 @@ inline void check_update(const Update& u) {
              param.sizes());
     return;
   }
+  if (!u.indices.defined()) return;  // no gradient: the rows are those of the window
   check_device(u, u.indices, "the gradient's indices tensor");
-  check_device(u, u.values, "the gradient's values tensor");
-  storage_of(u, u.values, "the gradient");
   if (u.indices.scalar_type() != at::kLong && u.indices.scalar_type() != at::kInt)
     refuse(u, "the gradient's indices have dtype ", u.indices.scalar_type(),
            ", expected int64 or int32");
+  if (!u.values.defined()) {
+    if (u.indices.dim() != 2 || u.indices.size(0) < 1 || u.indices.size(0) > param.dim())
+      refuse(u, "the list of rows has shape ", u.indices.sizes(), ", expected [row_dims, entries]");
+    return;
+  }
+  check_device(u, u.values, "the gradient's values tensor");
+  storage_of(u, u.values, "the gradient");
   if (u.indices.dim() != 2 || u.values.dim() < 1)
     refuse(u, "the gradient's indices have shape ", u.indices.sizes(), " and its values ",
            u.values.sizes(), ", expected [sparse_dim, nnz] and [nnz, ...]");

@@ -11,6 +11,7 @@
 
 #include <pybind11/stl.h>
 
+#include <array>
 #include <map>
 #include <memory>
 #include <optional>
@@ -39,6 +40,47 @@ at::Tensor materialized(const at::Tensor& grad) {
   return grad.is_neg() ? grad.resolve_neg() : grad;
 }
 
+// One of `names`, which stand in the order of the enumeration; None is the first.
+template <typename Enum, size_t kCount>
+Enum option(const char* what, const std::optional<std::string>& value,
+            const std::array<const char*, kCount>& names) {
+  if (!value) return Enum{};
+  for (size_t k = 0; k < kCount; ++k)
+    if (*value == names[k]) return static_cast<Enum>(k);
+  throw py::value_error(std::string(what) + "='" + *value + "' is unknown");
+}
+
+// A group's options; the learning rate comes apart.
+RuleParams make_rule(RuleKind kind, double beta1, double beta2, double eps, double weight_decay,
+                     bool maximize, const std::optional<std::string>& rows,
+                     const std::string& nonfinite, double shrink_ratio, double shrink_to,
+                     const std::optional<std::string>& scale, double rms_floor,
+                     const std::string& direction, double direction_scale, int32_t window,
+                     int64_t micro_steps, bool adds) {
+  RuleParams r;
+  r.kind = kind;
+  r.beta1 = beta1;
+  r.beta2 = beta2;
+  r.eps = eps;
+  r.weight_decay = weight_decay;
+  r.grad_factor = maximize ? -1.0 : 1.0;
+  r.touched = option<Touched, 3>("rows", rows, {"all", "nonzero", "tracked"});
+  r.nonfinite =
+      option<Nonfinite, 4>("nonfinite", nonfinite, {"propagate", "skip", "shrink", "raise"});
+  r.shrink_ratio = shrink_ratio;
+  r.shrink_to = shrink_to;
+  r.scale = option<Scale, 3>("scale", scale, {"none", "rms", "rms_rows"});
+  r.rms_floor = rms_floor;
+  r.direction = option<Direction, 4>("direction", direction, {"sign", "clip", "power", "atan"});
+  r.direction_scale = direction_scale;
+  r.window = window;
+  r.micro_steps = static_cast<double>(micro_steps);
+  r.adds = adds;
+  r.decays = adds;
+  r.moves = window == 0 || !adds;
+  return r;
+}
+
 class Step {
  public:
   // `faults` must outlive the step.
@@ -49,20 +91,22 @@ class Step {
     if (!found_inf.is_none()) context_.found_inf = tensor(found_inf);
   }
 
-  // Adds the parameters of one group that have a gradient; of all, or of those at `positions`.
-  // Returns (without_state, not_native): positions of parameters that were not added because their
-  // state must be created first, or because no native kernel can update them.
-  py::tuple add_group(const py::list& params, const py::dict& state, int group, RuleKind kind,
-                      const py::object& lr, double beta1, double beta2, double eps,
-                      double weight_decay, bool maximize,
+  // Adds the parameters of one group that have a gradient or, where the rule adds none, a window;
+  // of all, or of those at `positions`. `rows` has, by parameter, the mask of its touched rows, or
+  // the list of those of its window. Returns (without_state, not_native): positions of parameters
+  // that were not added because their state must be created first, or because no native kernel can
+  // update them.
+  py::tuple add_group(const py::list& params, const py::dict& state, int group,
+                      const RuleParams& group_rule, const py::object& lr, const py::dict& rows,
                       const std::optional<std::vector<int64_t>>& positions) {
-    const RuleNames& names = rule_names(kind);
+    const RuleNames& names = rule_names(group_rule.kind);
     PyObject* keys[kMaxStateTensors] = {};
     for (int k = 0; k < names.states; ++k) keys[k] = interned(names.state_names[k]);
     PyObject* const step_key = interned("step");
+    PyObject* const window_key = interned("window");
     py::list without_state, not_native;
     Update u;
-    RuleParams rule{kind, 0.0, beta1, beta2, eps, weight_decay, maximize ? -1.0 : 1.0};
+    RuleParams rule = group_rule;
     if (THPVariable_Check(lr.ptr())) u.lr = tensor(lr);
     else rule.lr = lr.cast<double>();
     u.group = group;
@@ -73,13 +117,15 @@ class Step {
       const int64_t i = positions ? (*positions)[n] : n;
       PyObject* object = PyList_GET_ITEM(params.ptr(), i);
       u.param = tensor(object);
-      if (!u.param.unsafeGetTensorImpl()->grad().defined()) continue;
-      u.grad = materialized(u.param.unsafeGetTensorImpl()->grad());
+      if (rule.adds) {
+        if (!u.param.unsafeGetTensorImpl()->grad().defined()) continue;
+        u.grad = materialized(u.param.unsafeGetTensorImpl()->grad());
+      }
       DeviceStep* device = device_step(u.param);
-      const bool sparse = u.grad.layout() == at::kSparse;
-      if (!device || !plain(u.param) || u.param.layout() != at::kStrided ||
-          !is_storage_type(u.param.scalar_type()) || !plain(u.grad) ||
-          !(sparse || u.grad.layout() == at::kStrided)) {
+      const bool sparse = rule.adds && u.grad.layout() == at::kSparse;
+      if (!device || !device->supports(rule) || !plain(u.param) ||
+          u.param.layout() != at::kStrided || !is_storage_type(u.param.scalar_type()) ||
+          (rule.adds && (!plain(u.grad) || !(sparse || u.grad.layout() == at::kStrided)))) {
         not_native.append(i);
         continue;
       }
@@ -89,12 +135,25 @@ class Step {
       bool complete = own && PyDict_Check(own);
       for (int k = 0; k < names.states && complete; ++k) complete = read(own, keys[k], u.states[k]);
       if (names.counts_steps && complete) complete = read(own, step_key, u.step);
+      if (rule.window && complete) complete = read(own, window_key, u.window);
       if (PyErr_Occurred()) throw py::error_already_set();
+      if (!rule.adds && !complete) continue;
+      const bool by_rows = rule.touched != Touched::kAll && u.param.dim() >= 2;
+      if (rule.window && complete && rule.adds)
+        complete = sparse ? u.window.dim() == u.grad.sparse_dim()
+                          : u.window.dim() > 0 || !(by_rows || rule.scale == Scale::kRows) ||
+                                u.param.dim() == 0;
       if (!complete) {
         without_state.append(i);
         continue;
       }
 
+      u.rule = rule;
+      if (!by_rows || sparse) u.rule.touched = Touched::kAll;
+      if (!rule.moves) u.rule.scale = Scale::kNone;
+      else if (rule.scale == Scale::kTensor &&
+               (sparse || by_rows || (u.window.defined() && u.window.dim() > 0)))
+        u.rule.scale = Scale::kRows;
       if (sparse) {
         if (u.grad.device() != u.param.device() || u.grad.sizes() != u.param.sizes())
           refuse_shape(u, u.grad);
@@ -103,9 +162,18 @@ class Step {
         u.values = impl->values();
         u.coalesced = impl->coalesced();
         u.grad.reset();
+      } else if (PyObject* r =
+                     rows.empty() ? nullptr : PyDict_GetItemWithError(rows.ptr(), object)) {
+        const at::Tensor& t = tensor(r);
+        if (rule.adds) u.mask = t;
+        else if (t.size(0) > 0 && u.window.dim() > 0) u.indices = t;
       }
-      u.rule = rule;
       device->add(u);
+      u.grad.reset();
+      u.indices.reset();
+      u.values.reset();
+      u.mask.reset();
+      u.coalesced = false;
     }
     return py::make_tuple(without_state, not_native);
   }
@@ -175,7 +243,9 @@ void bind_eager(py::module_& m) {
     try {
       if (p) std::rethrow_exception(p);
     } catch (const UpdateError& e) {
-      const char* kind = e.kind == UpdateError::Kind::kIndex ? "index" : "runtime";
+      const char* kind = e.kind == UpdateError::Kind::kIndex       ? "index"
+                         : e.kind == UpdateError::Kind::kNonfinite ? "nonfinite"
+                                                                   : "runtime";
       PyErr_SetObject(update_error->ptr(),
                       py::make_tuple(kind, e.place.group, e.place.position, e.what()).ptr());
     }
@@ -184,7 +254,9 @@ void bind_eager(py::module_& m) {
   py::enum_<RuleKind>(m, "RuleKind")
       .value("SIGN_MOMENTUM", RuleKind::kSignMomentum)
       .value("ADAMW", RuleKind::kAdamW)
-      .value("ADAMW_WITHOUT_MOMENT1", RuleKind::kAdamWWithoutMoment1);
+      .value("ADAMW_WITHOUT_MOMENT1", RuleKind::kAdamWWithoutMoment1)
+      .value("MOMENTUM", RuleKind::kMomentum);
+  py::class_<RuleParams>(m, "Rule").def(py::init(&make_rule));
 
   py::class_<Faults>(m, "Faults").def(py::init<>());
   py::class_<Step>(m, "Step")

@@ -21,11 +21,17 @@ void ItemBuilder::add(const Update& u, const double* lr, int64_t* step) {
   for (int k = 0; k < rule_names(u.rule.kind).states; ++k) written_.push_back(u.states[k]);
   written_.push_back(u.param);
   if (u.step.defined()) written_.push_back(u.step);
-  const RuleUse rule{shared_rule(u.rule), lr, step};
-  const bool dense = u.grad.defined();
-  if ((dense ? u.param.numel() : u.values.size(0)) == 0) idle_.push_back(rule);
-  else if (dense) add_dense(u, rule);
-  else add_rows(u, rule);
+  if (u.window.defined()) written_.push_back(u.window);
+  const RuleUse rule{shared_rule(u.rule), lr, step,
+                     u.window.defined() ? u.window.mutable_data_ptr<int32_t>() : nullptr};
+  if ((u.indices.defined() ? u.indices.size(1) : u.param.numel()) == 0) idle_.push_back(rule);
+  else if (u.indices.defined()) add_rows(u, rule);
+  else if (goes_by_rows(u)) add_direct(u, rule);
+  else add_dense(u, rule);
+}
+
+void ItemBuilder::start() const {
+  for (const auto& [target, source] : late_copies_) source.copy_(target);
 }
 
 void ItemBuilder::finish() const {
@@ -44,6 +50,7 @@ Stream ItemBuilder::writable(const Update& u, const at::Tensor& t, const at::Ten
   const at::Tensor copy = at::empty_strided(t.sizes(), order.strides(), t.options());
   copy.copy_(t);
   copy_back_.emplace_back(t, copy);
+  if (!u.rule.adds) late_copies_.emplace_back(t, copy);
   return {copy.mutable_data_ptr(), storage};
 }
 
@@ -58,46 +65,80 @@ void ItemBuilder::add_dense(const Update& u, RuleUse rule) {
   item.param = writable(u, u.param, order, "the parameter");
   for (int k = 0; k < rule_names(u.rule.kind).states; ++k)
     item.states[k] = writable(u, u.states[k], order, "the state");
-  at::Tensor grad = u.grad;
-  if (!same_order(grad.sizes(), grad.strides(), order.strides()))
-    grad = at::empty_strided(grad.sizes(), order.strides(), grad.options()).copy_(grad);
-  kept_.push_back(grad);
-  item.grad = {const_cast<void*>(grad.const_data_ptr()), storage_of(u, grad, "the gradient")};
+  if (u.grad.defined()) {
+    at::Tensor grad = u.grad;
+    if (!same_order(grad.sizes(), grad.strides(), order.strides()))
+      grad = at::empty_strided(grad.sizes(), order.strides(), grad.options()).copy_(grad);
+    kept_.push_back(grad);
+    item.grad = {const_cast<void*>(grad.const_data_ptr()), storage_of(u, grad, "the gradient")};
+  }
   dense_.push_back(item);
+  dense_places_.push_back({u.group, u.position});
 }
 
-void ItemBuilder::add_rows(const Update& u, RuleUse rule) {
-  const int64_t sparse_dim = u.indices.size(0);
+// A table without its gradient.
+RowsItem ItemBuilder::rows_item(const Update& u, RuleUse rule, int64_t sparse_dim) {
   RowsItem item;
   item.rule = rule;
   item.rows = 1;
   for (int64_t d = 0; d < sparse_dim; ++d) item.rows *= u.param.size(d);
   item.dim = 1;
   for (int64_t d = sparse_dim; d < u.param.dim(); ++d) item.dim *= u.param.size(d);
-  item.entries = u.values.size(0);
-  if (!rows_.empty()) {
-    item.first_row = rows_.back().first_row + rows_.back().rows + 1;
-    item.first_entry = rows_.back().first_entry + rows_.back().entries;
-  }
-
   item.param = {u.param.mutable_data_ptr(), storage_of(u, u.param, "the parameter")};
   item.param_layout = row_layout(u.param, sparse_dim);
   for (int k = 0; k < rule_names(u.rule.kind).states; ++k) {
     item.states[k] = {u.states[k].mutable_data_ptr(), storage_of(u, u.states[k], "the state")};
     item.state_layouts[k] = row_layout(u.states[k], sparse_dim);
   }
+  return item;
+}
 
-  at::Tensor values = u.values;
-  if (!values.is_contiguous() && row_layout(values, 1).inner) values = values.contiguous();
+void ItemBuilder::add_rows(const Update& u, RuleUse rule) {
+  const int64_t sparse_dim = u.indices.size(0);
+  RowsItem item = rows_item(u, rule, sparse_dim);
+  item.entries = u.indices.size(1);
+  if (!rows_.empty()) {
+    item.first_row = rows_.back().first_row + rows_.back().rows + 1;
+    item.first_entry = rows_.back().first_entry + rows_.back().entries;
+  }
+  if (u.values.defined()) {
+    at::Tensor values = u.values;
+    if (!values.is_contiguous() && row_layout(values, 1).inner) values = values.contiguous();
+    kept_.push_back(values);
+    item.values = {const_cast<void*>(values.const_data_ptr()),
+                   storage_of(u, values, "the gradient")};
+    item.value_stride = values.stride(0);
+  }
   const at::Tensor indices = u.indices.to(at::kLong);
-  kept_.push_back(values);
   kept_.push_back(indices);
-  item.values = {const_cast<void*>(values.const_data_ptr()), storage_of(u, values, "the gradient")};
-  item.value_stride = values.stride(0);
   rows_.push_back(item);
   indices_.push_back({indices.const_data_ptr<int64_t>(), indices.stride(0), indices.stride(1),
                       sparse_dim, numbers(u.param.sizes().slice(0, sparse_dim)), u.coalesced});
   row_places_.push_back({u.group, u.position});
+}
+
+void ItemBuilder::add_direct(const Update& u, RuleUse rule) {
+  const int64_t sparse_dim = u.window.defined() && u.window.dim() > 0 ? u.window.dim() : 1;
+  RowsItem item = rows_item(u, rule, sparse_dim);
+  item.direct = true;
+  item.entries = item.rows;
+  if (u.grad.defined()) {
+    at::Tensor grad = u.grad;
+    // Several dimensions of rows have one distance only if they are contiguous.
+    if (sparse_dim > 1 || row_layout(grad, sparse_dim).inner) grad = grad.contiguous();
+    kept_.push_back(grad);
+    item.values = {const_cast<void*>(grad.const_data_ptr()), storage_of(u, grad, "the gradient")};
+    item.value_stride = sparse_dim > 1 ? item.dim : grad.stride(0);
+  }
+  if (u.mask.defined()) {
+    at::Tensor mask = u.mask;
+    if (mask.numel() != item.rows)
+      mask = mask.unsqueeze(1).expand({mask.numel(), item.rows / mask.numel()}).reshape(-1);
+    kept_.push_back(mask);
+    item.mask = mask.const_data_ptr<uint8_t>();
+  }
+  direct_.push_back(item);
+  direct_places_.push_back({u.group, u.position});
 }
 
 // Most parameters of a group share one rule.

@@ -27,6 +27,8 @@ struct RuleUse {
   const RuleParams* params = nullptr;
   const double* lr = nullptr;  // if set: the learning rate, in the item's device memory
   int64_t* step = nullptr;     // if set: AdamW's counter, in the item's device memory
+  // If set: the accumulation window that the tensor, or each row, was last part of, contiguous.
+  int32_t* window = nullptr;
 };
 
 // One parameter with a strided gradient. All streams share one element order.
@@ -60,7 +62,11 @@ struct RowLayout {
   }
 };
 
-// One parameter with a row-sparse gradient. Its entries are the global entries
+// One parameter that is updated by rows. Either its rows come as a list of entries, sorted by the
+// row plan, or (`direct`) the gradient is strided and its rows are looked at one by one: entry r is
+// row r, and first_row and first_entry mean nothing. Without `values` the gradient is zero.
+//
+// Its entries are the global entries
 // [first_entry, first_entry + entries), its rows the global rows [first_row, first_row + rows].
 // The last of these does not exist: entries with a bad index are sorted there on a GPU.
 struct RowsItem {
@@ -76,6 +82,8 @@ struct RowsItem {
   int64_t entries = 0;
   int64_t first_row = 0;
   int64_t first_entry = 0;
+  bool direct = false;
+  const uint8_t* mask = nullptr;  // of a direct item: the touched rows, for Touched::kMasked
 };
 
 // The indices of one sparse gradient: index d of entry e is data[d * dim_stride + e *

@@ -17,8 +17,7 @@ namespace avx2 {
 #include "kernels_cpu.inl"
 }  // namespace avx2
 
-const CpuKernels kernels_avx2 = {"avx2", avx2::dense, avx2::rows, avx2::sum_piece,
-                                 avx2::combine_pieces};
+const CpuKernels kernels_avx2 = avx2::table("avx2");
 }  // namespace tiger_ext
 
 #if defined(__clang__)

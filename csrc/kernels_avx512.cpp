@@ -19,8 +19,7 @@ namespace avx512 {
 #include "kernels_cpu.inl"
 }  // namespace avx512
 
-const CpuKernels kernels_avx512 = {"avx512", avx512::dense, avx512::rows, avx512::sum_piece,
-                                   avx512::combine_pieces};
+const CpuKernels kernels_avx512 = avx512::table("avx512");
 }  // namespace tiger_ext
 
 #if defined(__clang__)

@@ -8,6 +8,5 @@ namespace baseline {
 #include "kernels_cpu.inl"
 }  // namespace baseline
 
-const CpuKernels kernels_baseline = {"baseline", baseline::dense, baseline::rows,
-                                     baseline::sum_piece, baseline::combine_pieces};
+const CpuKernels kernels_baseline = baseline::table("baseline");
 }  // namespace tiger_ext

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "items.h"
 
@@ -37,9 +38,17 @@ struct CpuKernels {
   const char* name;
   // Elements [begin, end) of a dense item.
   void (*dense)(const DenseItem& item, int64_t begin, int64_t end);
+  // What elements [begin, end) of a dense item are like, as far as its rule asks.
+  Facts (*look)(const DenseItem& item, int64_t begin, int64_t end);
   // The runs of `item` that start in [begin, end) of the sorted entries.
   void (*rows)(const RowsItem& item, const SortedEntries& sorted, const LongRuns& long_runs,
                int64_t begin, int64_t end);
+  // Whether the sums of these runs are finite.
+  bool (*rows_finite)(const RowsItem& item, const SortedEntries& sorted, const LongRuns& long_runs,
+                      int64_t begin, int64_t end);
+  // The touched ones of rows [begin, end) of a direct item.
+  void (*direct)(const RowsItem& item, int64_t begin, int64_t end);
+  bool (*direct_finite)(const RowsItem& item, int64_t begin, int64_t end);
   // The sum of at most kPiece entries [begin, end) of one row, left to right, into out[dim].
   void (*sum_piece)(const RowsItem& item, const SortedEntries& sorted, int64_t begin, int64_t end,
                     void* out);

@@ -73,13 +73,34 @@ void store(const Stream& s, int64_t offset, const int64_t* index, int64_t n, con
 template <typename T, typename Rule>
 TIGER_EXT_INLINE void apply(const Rule& rule, const T* __restrict grad, T* __restrict param,
                             T* const* states, int64_t n) {
-  T* __restrict s0 = states[0];
-  if constexpr (Rule::kStates == 1) {
-    for (int64_t i = 0; i < n; ++i) rule(grad[i], param[i], s0[i]);
+  if constexpr (Rule::kStates == 0) {
+    for (int64_t i = 0; i < n; ++i) rule(T(0), param[i]);
+    return;
   } else {
-    T* __restrict s1 = states[1];
-    for (int64_t i = 0; i < n; ++i) rule(grad[i], param[i], s0[i], s1[i]);
+    T* __restrict s0 = states[0];
+    if constexpr (Rule::kKind == RuleKind::kMomentum) {
+      // The direction is chosen outside the loop.
+      rule.with_direction([&]<Direction kDirection>() {
+        if (rule.moves)
+          for (int64_t i = 0; i < n; ++i)
+            rule.template update<kDirection, true>(grad[i], param[i], s0[i]);
+        else
+          for (int64_t i = 0; i < n; ++i)
+            rule.template update<kDirection, false>(grad[i], param[i], s0[i]);
+      });
+    } else if constexpr (Rule::kStates == 1) {
+      for (int64_t i = 0; i < n; ++i) rule(grad[i], param[i], s0[i]);
+    } else {
+      T* __restrict s1 = states[1];
+      for (int64_t i = 0; i < n; ++i) rule(grad[i], param[i], s0[i], s1[i]);
+    }
   }
+}
+
+template <typename Rule>
+TIGER_EXT_INLINE bool writes_param(const Rule& rule) {
+  if constexpr (Rule::kKind == RuleKind::kMomentum) return rule.moves;
+  else return true;
 }
 
 template <typename T>
@@ -102,13 +123,87 @@ void apply_converted(const Rule& rule, const T* grad, const Stream& param, int64
   alignas(kCacheLine) T p[kBlock];
   alignas(kCacheLine) T s[kMaxStates][kBlock];
   T* pointers[kMaxStates] = {s[0], s[1]};
-  load(param, param_offset, param_index, n, p);
+  if (writes_param(rule)) load(param, param_offset, param_index, n, p);
   for (int k = 0; k < Rule::kStates; ++k)
     load(states[k], state_offsets[k], state_indices[k], n, s[k]);
   apply(rule, grad, p, pointers, n);
-  store(param, param_offset, param_index, n, p);
+  if (writes_param(rule)) store(param, param_offset, param_index, n, p);
   for (int k = 0; k < Rule::kStates; ++k)
     store(states[k], state_offsets[k], state_indices[k], n, s[k]);
+}
+
+// A gradient that is zero everywhere.
+template <typename T>
+const T* zeros() {
+  alignas(kCacheLine) static constexpr T block[kBlock] = {};
+  return block;
+}
+
+// n <= kBlock elements as T: where they lie, or converted into `buffer`.
+template <typename T>
+const T* view(const Stream& s, int64_t offset, const int64_t* index, int64_t n, T* buffer) {
+  if (!s.data) return zeros<T>();
+  if (!index && is_native<T>(s)) return static_cast<const T*>(s.data) + offset;
+  load(s, offset, index, n, buffer);
+  return buffer;
+}
+
+// ------------------------------------------------------------------- looking before the update
+
+// In double and in a fixed order: lane l adds elements l, l + kLanes, ..., then the lanes are
+// added.
+constexpr int kLanes = 16;
+
+inline double sum_lanes(double* lanes) {
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int l = 0; l < width; ++l) lanes[l] += lanes[l + width];
+  return lanes[0];
+}
+
+template <typename T>
+double sum_of_squares(const T* __restrict x, int64_t n) {
+  alignas(kCacheLine) double lanes[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    for (int l = 0; l < kLanes; ++l) {
+      const double v = static_cast<double>(x[i + l]);
+      lanes[l] += v * v;
+    }
+  for (; i < n; ++i) lanes[i % kLanes] += static_cast<double>(x[i]) * static_cast<double>(x[i]);
+  return sum_lanes(lanes);
+}
+
+template <typename T>
+bool all_finite(const T* __restrict x, int64_t n) {
+  int bad = 0;
+  for (int64_t i = 0; i < n; ++i) bad |= !(x[i] - x[i] == T(0));
+  return bad == 0;
+}
+
+// Whether a rule's facts include those of the gradient, of the direction.
+inline bool wants_finite(const RuleParams& r) {
+  return r.adds && r.nonfinite != Nonfinite::kPropagate;
+}
+inline bool wants_directions(const RuleParams& r) {
+  return r.scale != Scale::kNone && r.direction != Direction::kSign;
+}
+
+// The facts of one block. `grad` and `exp_avg` matter only if the rule wants something of them.
+template <typename T>
+Facts look_at(const RuleParams& r, const Momentum<T>& rule, const T* grad, const T* param,
+              const T* exp_avg, int64_t n) {
+  Facts facts;
+  if (wants_finite(r)) facts.finite = all_finite(grad, n);
+  if (r.scale != Scale::kNone) facts.params = sum_of_squares(param, n);
+  if (wants_directions(r)) {
+    alignas(kCacheLine) T d[kBlock];
+    rule.with_direction([&]<Direction kDirection>() {
+      for (int64_t i = 0; i < n; ++i)
+        d[i] = rule.template direction_at<kDirection>(grad[i], exp_avg[i]);
+    });
+    facts.directions = sum_of_squares(d, n);
+  }
+  return facts;
 }
 
 // -------------------------------------------------------------------------------- dense road
@@ -116,8 +211,8 @@ void apply_converted(const Rule& rule, const T* grad, const Stream& param, int64
 template <typename T, typename Rule>
 void dense_span(const DenseItem& item, int64_t begin, int64_t end) {
   const Rule rule(*item.rule.params);
-  if (updates_in_place<T>(item, Rule::kStates) && is_native<T>(item.grad)) {
-    T* states[kMaxStates];
+  if (updates_in_place<T>(item, Rule::kStates) && item.grad.data && is_native<T>(item.grad)) {
+    T* states[kMaxStates] = {};
     for (int k = 0; k < Rule::kStates; ++k)
       states[k] = static_cast<T*>(item.states[k].data) + begin;
     apply(rule, static_cast<const T*>(item.grad.data) + begin,
@@ -129,9 +224,26 @@ void dense_span(const DenseItem& item, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; i += kBlock) {
     const int64_t n = end - i < kBlock ? end - i : kBlock;
     const int64_t offsets[kMaxStates] = {i, i};
-    load(item.grad, i, nullptr, n, grad);
-    apply_converted(rule, grad, item.param, i, nullptr, item.states, offsets, no_index, n);
+    apply_converted(rule, view(item.grad, i, nullptr, n, grad), item.param, i, nullptr, item.states,
+                    offsets, no_index, n);
   }
+}
+
+template <typename T>
+Facts look_at_span(const DenseItem& item, int64_t begin, int64_t end) {
+  const RuleParams& r = *item.rule.params;
+  const Momentum<T> rule(r);
+  Facts facts;
+  alignas(kCacheLine) T grad[kBlock], param[kBlock], exp_avg[kBlock];
+  for (int64_t i = begin; i < end; i += kBlock) {
+    const int64_t n = end - i < kBlock ? end - i : kBlock;
+    const bool directions = wants_directions(r);
+    facts.add(look_at(
+        r, rule, directions || wants_finite(r) ? view(item.grad, i, nullptr, n, grad) : nullptr,
+        r.scale != Scale::kNone ? view(item.param, i, nullptr, n, param) : nullptr,
+        directions ? view(item.states[0], i, nullptr, n, exp_avg) : nullptr, n));
+  }
+  return facts;
 }
 
 // --------------------------------------------------------------------------------- rows road
@@ -279,8 +391,9 @@ class Prefetcher {
   TIGER_EXT_INLINE void fetch(int64_t entry, int64_t column, int64_t n) {
     const int64_t offset =
         (sorted_.position(entry) - item_.first_entry) * item_.value_stride + column;
-    prefetch_bytes(static_cast<const char*>(item_.values.data) + offset * value_size_,
-                   n * value_size_);
+    if (item_.values.data)
+      prefetch_bytes(static_cast<const char*>(item_.values.data) + offset * value_size_,
+                     n * value_size_);
     const uint64_t row = sorted_.row(entry);
     if (row == row_) return;
     row_ = row;
@@ -303,10 +416,138 @@ class Prefetcher {
   uint64_t row_ = ~uint64_t{0};  // the last one fetched
 };
 
+// Updates one row at a time, after a look at it if its rule asks for one.
 template <typename T, typename Rule, bool kInPlace>
-void rows_span(const RowsItem& item, const SortedEntries& sorted, const LongRuns& long_runs,
-               int64_t begin, int64_t end) {
-  const Rule rule(*item.rule.params);
+class RowUpdate {
+ public:
+  explicit RowUpdate(const RowsItem& item)
+      : item_(item),
+        params_(*item.rule.params),
+        rule_(params_),
+        careful_(params_.looks() || item.rule.window) {}
+
+  // grad_of(column, n) is block [column, column + n) of the row's summed gradient.
+  template <typename GradOf>
+  TIGER_EXT_INLINE void operator()(int64_t row, const GradOf& grad_of) const {
+    Place at;
+    at.param = item_.param_layout.offset(row);
+    for (int k = 0; k < Rule::kStates; ++k) at.states[k] = item_.state_layouts[k].offset(row);
+    if (!careful_) return update(rule_, at, grad_of);
+    Rule own = rule_;
+    if (decide(own, row, at, grad_of)) update(own, at, grad_of);
+  }
+
+ private:
+  struct Place {  // where the row's vectors start
+    int64_t param;
+    int64_t states[kMaxStates];
+  };
+
+  template <typename GradOf>
+  TIGER_EXT_INLINE void update(const Rule& rule, const Place& at, const GradOf& grad_of) const {
+    for (int64_t c = 0; c < item_.dim; c += kBlock) {
+      const int64_t n = item_.dim - c < kBlock ? item_.dim - c : kBlock;
+      const T* const grad = grad_of(c, n);
+      if constexpr (kInPlace) {
+        T* states[kMaxStates];
+        for (int k = 0; k < Rule::kStates; ++k)
+          states[k] = static_cast<T*>(item_.states[k].data) + at.states[k] + c;
+        apply(rule, grad, static_cast<T*>(item_.param.data) + at.param + c, states, n);
+      } else {
+        int64_t state_offsets[kMaxStates];
+        const int64_t* state_indices[kMaxStates];
+        for (int k = 0; k < Rule::kStates; ++k) {
+          state_offsets[k] = offset(item_.state_layouts[k], at.states[k], c);
+          state_indices[k] = index(item_.state_layouts[k], c);
+        }
+        apply_converted(rule, grad, item_.param, offset(item_.param_layout, at.param, c),
+                        index(item_.param_layout, c), item_.states, state_offsets, state_indices,
+                        n);
+      }
+    }
+  }
+
+  // Whether the row is to be updated, and by which rule. Shrinks it if that is the verdict.
+  template <typename GradOf>
+  __attribute__((noinline)) bool decide(Rule& rule, int64_t row, const Place& at,
+                                        const GradOf& grad_of) const {
+    int32_t* const window = item_.rule.window ? item_.rule.window + row : nullptr;
+    if constexpr (std::is_base_of_v<Momentum<T>, Rule>) {
+      if (window) {
+        const bool in_window = *window == params_.window;
+        if (!in_window && !params_.adds) return false;
+        if (in_window) rule.stop_decay();
+      }
+    }
+    if (params_.looks()) {
+      const Facts facts = look(rule, at, grad_of);
+      const Verdict verdict = judge(params_, facts);
+      if (verdict == Verdict::kShrink) shrink(at);
+      if (verdict != Verdict::kUpdate) return false;
+      if constexpr (std::is_base_of_v<Momentum<T>, Rule>)
+        if (params_.scale != Scale::kNone) rule.scale(facts.rate(params_, item_.dim));
+    }
+    if (window && params_.adds) *window = params_.window;
+    return true;
+  }
+
+  template <typename GradOf>
+  Facts look(const Rule& rule, const Place& at, const GradOf& grad_of) const {
+    Facts facts;
+    alignas(kCacheLine) T param[kBlock], exp_avg[kBlock];
+    const bool directions = wants_directions(params_);
+    for (int64_t c = 0; c < item_.dim; c += kBlock) {
+      const int64_t n = item_.dim - c < kBlock ? item_.dim - c : kBlock;
+      const T* const g = directions || wants_finite(params_) ? grad_of(c, n) : nullptr;
+      const T* p = nullptr;
+      const T* m = nullptr;
+      if (params_.scale != Scale::kNone)
+        p = view(item_.param, offset(item_.param_layout, at.param, c), index(item_.param_layout, c),
+                 n, param);
+      if (directions)
+        m = view(item_.states[0], offset(item_.state_layouts[0], at.states[0], c),
+                 index(item_.state_layouts[0], c), n, exp_avg);
+      if constexpr (std::is_base_of_v<Momentum<T>, Rule>)
+        facts.add(look_at<T>(params_, rule, g, p, m, n));
+      else facts.add(look_at<T>(params_, Momentum<T>(), g, p, m, n));
+    }
+    return facts;
+  }
+
+  void shrink(const Place& at) const {
+    const Shrink<T> rule(params_);
+    for (int64_t c = 0; c < item_.dim; c += kBlock) {
+      const int64_t n = item_.dim - c < kBlock ? item_.dim - c : kBlock;
+      apply_converted<T>(rule, nullptr, item_.param, offset(item_.param_layout, at.param, c),
+                         index(item_.param_layout, c), nullptr, nullptr, nullptr, n);
+    }
+  }
+
+  // Through an index, offsets count from the start of the row's vector.
+  static int64_t offset(const RowLayout& layout, int64_t start, int64_t c) {
+    return layout.inner ? start : start + c;
+  }
+  static const int64_t* index(const RowLayout& layout, int64_t c) {
+    return layout.inner ? layout.inner + c : nullptr;
+  }
+
+  const RowsItem& item_;
+  const RuleParams& params_;
+  const Rule rule_;
+  const bool careful_;
+};
+
+struct NoPrefetch {
+  NoPrefetch(const RowsItem&, const SortedEntries&, int64_t) {}
+  TIGER_EXT_INLINE void operator()(int64_t, int64_t, int64_t, int64_t) {}
+};
+
+// f(row, grad_of) for every run that starts in [begin, end) of the sorted entries, where
+// grad_of(column, n) is a block of the run's sum. Stops when f returns false.
+template <typename T, typename Prefetch, typename F>
+TIGER_EXT_INLINE void for_each_run(const RowsItem& item, const SortedEntries& sorted,
+                                   const LongRuns& long_runs, int64_t begin, int64_t end,
+                                   const F& f) {
   const int64_t limit = item.first_entry + item.entries;
   const bool native_values = is_native<T>(item.values);
   alignas(kCacheLine) T sum[kBlock];
@@ -314,59 +555,115 @@ void rows_span(const RowsItem& item, const SortedEntries& sorted, const LongRuns
   int64_t i = begin;
   if (i > item.first_entry)  // a run that started before `begin` is not ours
     while (i < end && sorted.row(i) == sorted.row(i - 1)) i = run_end(sorted, i, limit);
-  Prefetcher<T, Rule::kStates> prefetch(item, sorted, i);
+  Prefetch prefetch(item, sorted, i);
 
   for (int64_t next; i < end; i = next) {
     next = run_end(sorted, i, limit);
-    const int64_t row = static_cast<int64_t>(sorted.row(i)) - item.first_row;
     const T* grad = nullptr;  // the summed row, if it lies somewhere already
     if (next - i == 1 && native_values)
       grad = static_cast<const T*>(item.values.data) +
              (sorted.position(i) - item.first_entry) * item.value_stride;
     else if (next - i > kPiece) grad = find_long_run<T>(long_runs, i);
+    int64_t summed = -1;  // the block that `sum` holds
 
-    const int64_t param_row = item.param_layout.offset(row);
-    int64_t state_rows[kMaxStates];
-    for (int k = 0; k < Rule::kStates; ++k) state_rows[k] = item.state_layouts[k].offset(row);
-
-    for (int64_t c = 0; c < item.dim; c += kBlock) {
-      const int64_t n = item.dim - c < kBlock ? item.dim - c : kBlock;
+    const auto grad_of = [&](int64_t c, int64_t n) -> const T* {
       prefetch(i, next, c, n);
-      if (!grad) sum_run(item, sorted, i, next, c, n, sum);
-      const T* const block_grad = grad ? grad + c : sum;
-      if constexpr (kInPlace) {
-        T* states[kMaxStates];
-        for (int k = 0; k < Rule::kStates; ++k)
-          states[k] = static_cast<T*>(item.states[k].data) + state_rows[k] + c;
-        apply(rule, block_grad, static_cast<T*>(item.param.data) + param_row + c, states, n);
-      } else {
-        // Through an index, offsets count from the start of the row's vector.
-        const int64_t* const param_inner = item.param_layout.inner;
-        int64_t state_offsets[kMaxStates];
-        const int64_t* state_indices[kMaxStates];
-        for (int k = 0; k < Rule::kStates; ++k) {
-          const int64_t* const inner = item.state_layouts[k].inner;
-          state_offsets[k] = inner ? state_rows[k] : state_rows[k] + c;
-          state_indices[k] = inner ? inner + c : nullptr;
-        }
-        apply_converted(rule, block_grad, item.param, param_inner ? param_row : param_row + c,
-                        param_inner ? param_inner + c : nullptr, item.states, state_offsets,
-                        state_indices, n);
-      }
+      if (!item.values.data) return zeros<T>();
+      if (grad) return grad + c;
+      if (c != summed) sum_run(item, sorted, i, next, c, n, sum);
+      summed = c;
+      return sum;
+    };
+    if (!f(static_cast<int64_t>(sorted.row(i)) - item.first_row, grad_of)) return;
+  }
+}
+
+// Whether any of n elements is not zero: on bits, so that no mode of the processor that takes
+// subnormals for zero matters.
+template <typename Bits>
+bool any_bits(const void* data, int64_t n) {
+  const Bits* __restrict x = static_cast<const Bits*>(data);
+  constexpr int64_t kAtOnce = 64;
+  int64_t i = 0;
+  for (; i + kAtOnce <= n; i += kAtOnce) {
+    Bits any = 0;
+    for (int64_t k = 0; k < kAtOnce; ++k) any |= x[i + k];
+    if (static_cast<Bits>(any << 1)) return true;  // without the sign: -0 is zero
+  }
+  Bits any = 0;
+  for (; i < n; ++i) any |= x[i];
+  return static_cast<Bits>(any << 1) != 0;
+}
+
+inline bool any_nonzero(const Stream& s, int64_t offset, int64_t n) {
+  const int64_t size = storage_size(s.storage);
+  const char* const data = static_cast<const char*>(s.data) + offset * size;
+  return size == 4   ? any_bits<uint32_t>(data, n)
+         : size == 2 ? any_bits<uint16_t>(data, n)
+                     : any_bits<uint64_t>(data, n);
+}
+
+// f(row, grad_of) for every touched row among [begin, end) of a direct item.
+template <typename T, typename F>
+TIGER_EXT_INLINE void for_each_touched_row(const RowsItem& item, int64_t begin, int64_t end,
+                                           const F& f) {
+  const RuleParams& r = *item.rule.params;
+  alignas(kCacheLine) T buffer[kBlock];
+  for (int64_t row = begin; row < end; ++row) {
+    if (item.values.data) {
+      if (r.touched == Touched::kMasked && !item.mask[row]) continue;
+      if (r.touched == Touched::kNonzero &&
+          !any_nonzero(item.values, row * item.value_stride, item.dim))
+        continue;
     }
+    const auto grad_of = [&](int64_t c, int64_t n) -> const T* {
+      return view(item.values, row * item.value_stride + c, nullptr, n, buffer);
+    };
+    if (!f(row, grad_of)) return;
   }
 }
 
 template <typename T, typename Rule>
-void rows_of_rule(const RowsItem& item, const SortedEntries& sorted, const LongRuns& long_runs,
-                  int64_t begin, int64_t end) {
+bool updates_rows_in_place(const RowsItem& item) {
   bool in_place = updates_in_place<T>(item, Rule::kStates) && item.param_layout.dims == 0 &&
                   !item.param_layout.inner;
   for (int k = 0; k < Rule::kStates; ++k)
     in_place = in_place && item.state_layouts[k].dims == 0 && !item.state_layouts[k].inner;
-  if (in_place) rows_span<T, Rule, true>(item, sorted, long_runs, begin, end);
-  else rows_span<T, Rule, false>(item, sorted, long_runs, begin, end);
+  return in_place;
 }
+
+template <typename T, typename Rule>
+struct RowsOfRule {
+  static void sorted(const RowsItem& item, const SortedEntries& sorted, const LongRuns& long_runs,
+                     int64_t begin, int64_t end) {
+    if (updates_rows_in_place<T, Rule>(item)) run<true>(item, sorted, long_runs, begin, end);
+    else run<false>(item, sorted, long_runs, begin, end);
+  }
+  static void direct(const RowsItem& item, int64_t begin, int64_t end) {
+    if (updates_rows_in_place<T, Rule>(item)) look<true>(item, begin, end);
+    else look<false>(item, begin, end);
+  }
+
+ private:
+  template <bool kInPlace>
+  static void run(const RowsItem& item, const SortedEntries& sorted, const LongRuns& long_runs,
+                  int64_t begin, int64_t end) {
+    const RowUpdate<T, Rule, kInPlace> update(item);
+    for_each_run<T, Prefetcher<T, Rule::kStates>>(item, sorted, long_runs, begin, end,
+                                                  [&](int64_t row, const auto& grad_of) {
+                                                    update(row, grad_of);
+                                                    return true;
+                                                  });
+  }
+  template <bool kInPlace>
+  static void look(const RowsItem& item, int64_t begin, int64_t end) {
+    const RowUpdate<T, Rule, kInPlace> update(item);
+    for_each_touched_row<T>(item, begin, end, [&](int64_t row, const auto& grad_of) {
+      update(row, grad_of);
+      return true;
+    });
+  }
+};
 
 template <typename T>
 void combine_pieces_as(const RowsItem& item, void* pieces, int64_t count) {
@@ -381,29 +678,27 @@ void combine_pieces_as(const RowsItem& item, void* pieces, int64_t count) {
 
 inline bool is_double(const Stream& param) { return param.storage == Storage::kFloat64; }
 
-template <typename T>
-void dense_of_type(const DenseItem& item, int64_t begin, int64_t end) {
-  switch (item.rule.params->kind) {
+// f.template operator()<T, Rule>()
+template <typename T, typename F>
+void with_rule_of(RuleKind kind, const F& f) {
+  switch (kind) {
     case RuleKind::kSignMomentum:
-      return dense_span<T, SignMomentum<T>>(item, begin, end);
+      return f.template operator()<T, SignMomentum<T>>();
     case RuleKind::kAdamW:
-      return dense_span<T, AdamW<T>>(item, begin, end);
+      return f.template operator()<T, AdamW<T>>();
     case RuleKind::kAdamWWithoutMoment1:
-      return dense_span<T, AdamWWithoutMoment1<T>>(item, begin, end);
+      return f.template operator()<T, AdamWWithoutMoment1<T>>();
+    case RuleKind::kMomentum:
+      return f.template operator()<T, Momentum<T>>();
+    case RuleKind::kShrink:
+      return f.template operator()<T, Shrink<T>>();
   }
 }
 
-template <typename T>
-void rows_of_type(const RowsItem& item, const SortedEntries& s, const LongRuns& l, int64_t b,
-                  int64_t e) {
-  switch (item.rule.params->kind) {
-    case RuleKind::kSignMomentum:
-      return rows_of_rule<T, SignMomentum<T>>(item, s, l, b, e);
-    case RuleKind::kAdamW:
-      return rows_of_rule<T, AdamW<T>>(item, s, l, b, e);
-    case RuleKind::kAdamWWithoutMoment1:
-      return rows_of_rule<T, AdamWWithoutMoment1<T>>(item, s, l, b, e);
-  }
+template <typename Item, typename F>
+void with_rule(const Item& item, const F& f) {
+  if (is_double(item.param)) with_rule_of<double>(item.rule.params->kind, f);
+  else with_rule_of<float>(item.rule.params->kind, f);
 }
 
 template <typename T>
@@ -413,15 +708,65 @@ void sum_piece_as(const RowsItem& item, const SortedEntries& s, int64_t begin, i
     sum_entries(item, s, begin, end, c, item.dim - c < kBlock ? item.dim - c : kBlock, out + c);
 }
 
+// For for_each_run and for_each_touched_row: stops at the first row that is not finite.
+template <typename T>
+struct FindNonfinite {
+  const RowsItem& item;
+  bool& finite;
+
+  template <typename GradOf>
+  bool operator()(int64_t, const GradOf& grad_of) const {
+    for (int64_t c = 0; c < item.dim && finite; c += kBlock) {
+      const int64_t n = item.dim - c < kBlock ? item.dim - c : kBlock;
+      finite = all_finite(grad_of(c, n), n);
+    }
+    return finite;
+  }
+};
+
+// ---------------------------------------------------------------------------- the table's entries
+
 void dense(const DenseItem& item, int64_t begin, int64_t end) {
-  if (is_double(item.param)) dense_of_type<double>(item, begin, end);
-  else dense_of_type<float>(item, begin, end);
+  with_rule(item, [&]<typename T, typename Rule>() { dense_span<T, Rule>(item, begin, end); });
+}
+
+Facts look(const DenseItem& item, int64_t begin, int64_t end) {
+  return is_double(item.param) ? look_at_span<double>(item, begin, end)
+                               : look_at_span<float>(item, begin, end);
 }
 
 void rows(const RowsItem& item, const SortedEntries& sorted, const LongRuns& long_runs,
           int64_t begin, int64_t end) {
-  if (is_double(item.param)) rows_of_type<double>(item, sorted, long_runs, begin, end);
-  else rows_of_type<float>(item, sorted, long_runs, begin, end);
+  with_rule(item, [&]<typename T, typename Rule>() {
+    if constexpr (Rule::kStates > 0)
+      RowsOfRule<T, Rule>::sorted(item, sorted, long_runs, begin, end);
+  });
+}
+
+void direct(const RowsItem& item, int64_t begin, int64_t end) {
+  with_rule(item, [&]<typename T, typename Rule>() {
+    if constexpr (Rule::kStates > 0) RowsOfRule<T, Rule>::direct(item, begin, end);
+  });
+}
+
+bool rows_finite(const RowsItem& item, const SortedEntries& sorted, const LongRuns& long_runs,
+                 int64_t begin, int64_t end) {
+  bool finite = true;
+  if (is_double(item.param))
+    for_each_run<double, NoPrefetch>(item, sorted, long_runs, begin, end,
+                                     FindNonfinite<double>{item, finite});
+  else
+    for_each_run<float, NoPrefetch>(item, sorted, long_runs, begin, end,
+                                    FindNonfinite<float>{item, finite});
+  return finite;
+}
+
+bool direct_finite(const RowsItem& item, int64_t begin, int64_t end) {
+  bool finite = true;
+  if (is_double(item.param))
+    for_each_touched_row<double>(item, begin, end, FindNonfinite<double>{item, finite});
+  else for_each_touched_row<float>(item, begin, end, FindNonfinite<float>{item, finite});
+  return finite;
 }
 
 void sum_piece(const RowsItem& item, const SortedEntries& sorted, int64_t begin, int64_t end,
@@ -433,6 +778,10 @@ void sum_piece(const RowsItem& item, const SortedEntries& sorted, int64_t begin,
 void combine_pieces(const RowsItem& item, void* pieces, int64_t count) {
   if (is_double(item.param)) combine_pieces_as<double>(item, pieces, count);
   else combine_pieces_as<float>(item, pieces, count);
+}
+
+constexpr CpuKernels table(const char* name) {
+  return {name, dense, look, rows, rows_finite, direct, direct_finite, sum_piece, combine_pieces};
 }
 
 }  // namespace

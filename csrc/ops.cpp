@@ -83,21 +83,29 @@ void run(const Lists& lists, RuleParams rule) {
   for (const auto& [type, step] : devices) step->apply();
 }
 
+RuleParams rule_of(RuleKind kind, double lr, double beta1, double beta2, double eps,
+                   double weight_decay, bool maximize, double grad_scale) {
+  RuleParams r;
+  r.kind = kind;
+  r.lr = lr;
+  r.beta1 = beta1;
+  r.beta2 = beta2;
+  r.eps = eps;
+  r.weight_decay = weight_decay;
+  r.grad_factor = (maximize ? -1.0 : 1.0) / grad_scale;
+  return r;
+}
+
 RuleParams sign_momentum(double lr, double beta1, double beta2, double weight_decay, bool maximize,
                          double grad_scale) {
-  return {RuleKind::kSignMomentum,
-          lr,
-          beta1,
-          beta2,
-          0.0,
-          weight_decay,
-          (maximize ? -1.0 : 1.0) / grad_scale};
+  return rule_of(RuleKind::kSignMomentum, lr, beta1, beta2, 0.0, weight_decay, maximize,
+                 grad_scale);
 }
 
 RuleParams adamw(double lr, double beta1, double beta2, double eps, double weight_decay,
                  bool maximize, double grad_scale) {
   const RuleKind kind = beta1 == 0.0 ? RuleKind::kAdamWWithoutMoment1 : RuleKind::kAdamW;
-  return {kind, lr, beta1, beta2, eps, weight_decay, (maximize ? -1.0 : 1.0) / grad_scale};
+  return rule_of(kind, lr, beta1, beta2, eps, weight_decay, maximize, grad_scale);
 }
 
 void sign_momentum_dense_(TensorList params, TensorList grads, TensorList exp_avgs, double lr,

@@ -18,14 +18,14 @@ constexpr int64_t kLongRunStride = 1024;    // runs of twice this length are fou
 
 }  // namespace
 
-void RowsRoad::prepare(const std::vector<RowsItem>& items, const SortedEntries& sorted,
-                       Scratch& scratch) {
+int64_t RowsRoad::prepare(const std::vector<RowsItem>& items, const SortedEntries& sorted,
+                          Scratch& scratch) {
   items_ = &items;
   sorted_ = sorted;
   int64_t elements = 0;
   for (const RowsItem& item : items) elements += item.entries * item.dim;
   serial_ = elements <= kSerialElements || thread_count() == 1;
-  if (serial_) return;
+  if (serial_) return first_nonfinite();
 
   for (const RowsItem& item : items) {
     const int64_t entries = std::clamp<int64_t>(kElementsPerTask / std::max<int64_t>(item.dim, 1),
@@ -42,12 +42,32 @@ void RowsRoad::prepare(const std::vector<RowsItem>& items, const SortedEntries& 
     place += w.pieces() * w.sum_bytes();
     long_runs_.push_back({w.begin, w.end, w.sums});
   }
+  return first_nonfinite();
+}
+
+int64_t RowsRoad::first_nonfinite() {
+  const auto raises = [](const RowsItem& item) {
+    return item.rule.params->nonfinite == Nonfinite::kRaise && item.values.data;
+  };
+  if (std::none_of(items_->begin(), items_->end(), raises)) return -1;
+  sum_long_runs();
+  std::atomic<int64_t> bad{static_cast<int64_t>(items_->size())};
+  for_each_part([&](int64_t k, int64_t begin, int64_t end) {
+    const RowsItem& item = (*items_)[k];
+    const LongRuns long_runs{long_runs_.data(), static_cast<int64_t>(long_runs_.size())};
+    if (!raises(item) || cpu_kernels().rows_finite(item, sorted_, long_runs, begin, end)) return;
+    int64_t known = bad;
+    while (k < known && !bad.compare_exchange_weak(known, k)) {
+    }
+  });
+  return bad == static_cast<int64_t>(items_->size()) ? -1 : bad.load();
 }
 
 // A run that holds both ends of a stride of the sorted entries is long; its bounds by bisection.
 void RowsRoad::find_long_runs() {
   int64_t pieces = 0;
   for (const RowsItem& item : *items_) {
+    if (!item.values.data) continue;
     const int64_t end = item.first_entry + item.entries;
     for (int64_t i = item.first_entry; i + kLongRunStride < end; i += kLongRunStride) {
       const uint64_t row = sorted_.row(i);
@@ -64,8 +84,9 @@ void RowsRoad::find_long_runs() {
   }
 }
 
-void RowsRoad::sum_long_runs() const {
-  if (long_work_.empty()) return;
+void RowsRoad::sum_long_runs() {
+  if (long_work_.empty() || summed_) return;
+  summed_ = true;
   const CpuKernels& kernels = cpu_kernels();
   for_each_task(long_work_.back().first_piece + long_work_.back().pieces(), [&](int64_t piece) {
     const auto after =
@@ -83,22 +104,31 @@ void RowsRoad::sum_long_runs() const {
 
 void RowsRoad::run() {
   if (!items_) return;
-  const CpuKernels& kernels = cpu_kernels();
-  if (serial_) {
-    for (const RowsItem& item : *items_)
-      kernels.rows(item, sorted_, {}, item.first_entry, item.first_entry + item.entries);
-    return;
-  }
   sum_long_runs();
   const LongRuns long_runs{long_runs_.data(), static_cast<int64_t>(long_runs_.size())};
+  for_each_part([&](int64_t k, int64_t begin, int64_t end) {
+    cpu_kernels().rows((*items_)[k], sorted_, long_runs, begin, end);
+  });
+}
+
+// f(item, begin, end) for parts of the sorted entries.
+template <typename F>
+void RowsRoad::for_each_part(const F& f) const {
+  if (serial_) {
+    for (size_t k = 0; k < items_->size(); ++k) {
+      const RowsItem& item = (*items_)[k];
+      f(static_cast<int64_t>(k), item.first_entry, item.first_entry + item.entries);
+    }
+    return;
+  }
   for_each_task(task_count_, [&](int64_t task) {
     const auto after = std::upper_bound(tasks_.begin(), tasks_.end(), task,
                                         [](int64_t t, const Tasks& x) { return t < x.first; });
-    const size_t k = after - 1 - tasks_.begin();
+    const int64_t k = after - 1 - tasks_.begin();
     const RowsItem& item = (*items_)[k];
     const int64_t begin = (task - tasks_[k].first) * tasks_[k].entries;
     const int64_t end = std::min(begin + tasks_[k].entries, item.entries);
-    kernels.rows(item, sorted_, long_runs, item.first_entry + begin, item.first_entry + end);
+    f(k, item.first_entry + begin, item.first_entry + end);
   });
 }
 

@@ -18,6 +18,7 @@ constexpr RuleNames kRules[] = {
     {RuleKind::kSignMomentum, 1, {"exp_avg", nullptr}, false},
     {RuleKind::kAdamW, 2, {"exp_avg", "exp_avg_sq"}, true},
     {RuleKind::kAdamWWithoutMoment1, 1, {"exp_avg_sq", nullptr}, true},
+    {RuleKind::kMomentum, 1, {"exp_avg", nullptr}, false},
 };
 
 }  // namespace
@@ -28,6 +29,16 @@ DeviceRegistration::DeviceRegistration(c10::DeviceType device, DeviceStepFactory
 
 DeviceStepFactory device_step_factory(c10::DeviceType device) {
   return factories()[static_cast<size_t>(device)];
+}
+
+UpdateError nonfinite_gradient(UpdatePlace place) {
+  return {UpdateError::Kind::kNonfinite, place, "the gradient has a NaN or Inf"};
+}
+
+bool goes_by_rows(const Update& u) {
+  if (u.window.defined() && u.window.dim() > 0) return true;
+  return u.param.dim() > 0 &&
+         (u.rule.scale == Scale::kRows || (u.rule.touched != Touched::kAll && u.param.dim() >= 2));
 }
 
 UpdateError bad_index(UpdatePlace place, int64_t entry, int64_t index, int64_t dimension,

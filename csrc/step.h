@@ -24,7 +24,8 @@ namespace tiger_ext {
 constexpr int kMaxStateTensors = 2;
 
 // One parameter's share of a step. Row-sparse gradients come as `indices` [sparse_dim, nnz] (int64
-// or int32) and `values` [nnz, ...]; strided ones as `grad`.
+// or int32) and `values` [nnz, ...]; strided ones as `grad`. With rule.adds == false there is no
+// gradient: the rows are those of `indices`, or all that are in the window.
 struct Update {
   at::Tensor param;
   at::Tensor grad;
@@ -32,7 +33,12 @@ struct Update {
   at::Tensor values;
   at::Tensor states[kMaxStateTensors];
   at::Tensor step;  // AdamW's counter: one int64 element, one more after `apply`
-  at::Tensor lr;    // if defined: one element that takes the place of rule.lr
+  // In an accumulation window: which window each row (shape: the parameter's first dimensions) or
+  // the whole parameter (0-dim) was last part of; int32, contiguous.
+  at::Tensor window;
+  // For Touched::kMasked: uint8, one element for each index of the first dimension.
+  at::Tensor mask;
+  at::Tensor lr;  // if defined: one element that takes the place of rule.lr
   RuleParams rule;
   bool coalesced = false;  // whether `indices` are said to be sorted and unique
   int group = 0;           // where the parameter stands, for messages
@@ -41,12 +47,15 @@ struct Update {
 
 // A check that failed; the caller knows the parameter's name and completes the sentence.
 struct UpdateError : std::runtime_error {
-  enum class Kind { kRuntime, kIndex };
+  enum class Kind { kRuntime, kIndex, kNonfinite };
   UpdateError(Kind kind, UpdatePlace place, const std::string& message)
       : std::runtime_error(message), kind(kind), place(place) {}
   Kind kind;
   UpdatePlace place;
 };
+
+// A NaN or Inf in a gradient whose group has nonfinite="raise".
+UpdateError nonfinite_gradient(UpdatePlace place);
 
 // A bad row index, found by the host or reported by a device.
 UpdateError bad_index(UpdatePlace place, int64_t entry, int64_t index, int64_t dimension,
@@ -71,6 +80,8 @@ struct StepContext {
 class DeviceStep {
  public:
   virtual ~DeviceStep() = default;
+  // Whether the device has kernels for the rule.
+  virtual bool supports(const RuleParams& rule) const = 0;
   // May change `update.rule`.
   virtual void add(Update& update) = 0;
   virtual void prepare() = 0;
@@ -98,5 +109,8 @@ struct RuleNames {
   bool counts_steps;
 };
 const RuleNames& rule_names(RuleKind kind);
+
+// Whether the update goes by rows, found in a strided gradient or in the window.
+bool goes_by_rows(const Update& u);
 
 }  // namespace tiger_ext

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// A step on the CPU: items, the plan of the rows, and the two roads.
+// A step on the CPU: items, the plan of the rows, and the three roads.
 #include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
 
@@ -24,23 +24,28 @@ class CpuStep final : public DeviceStep {
     if (context.found_inf.defined()) cancelled_ = context.found_inf.item<double>() != 0.0;
   }
 
+  bool supports(const RuleParams&) const override { return true; }
+
   void add(Update& u) override {
     check_update(u);
     u.rule.grad_factor /= grad_scale_;
     if (u.lr.defined()) u.rule.lr = u.lr.item<double>();
     if (u.step.defined()) {
       correct_bias(u.rule, *u.step.const_data_ptr<int64_t>() + 1);
-      counters_.push_back(u.step);
     }
-    builder_.add(u);
+    if (u.rule.adds && u.window.defined() && u.window.dim() == 0)
+      u.rule.decays = *u.window.const_data_ptr<int32_t>() != u.rule.window;
+    builder_.add(u, nullptr, u.step.defined() ? u.step.mutable_data_ptr<int64_t>() : nullptr);
   }
 
   void prepare() override {
-    dense_road_.prepare(builder_.dense());
+    check_finite(dense_road_.prepare(builder_.dense()), builder_.dense_places());
+    check_finite(direct_road_.prepare(builder_.direct()), builder_.direct_places());
     const std::vector<RowsItem>& rows = builder_.rows();
     if (rows.empty()) return;
     const BadIndex bad = plan_rows(rows, builder_.indices(), scratch_, sorted_);
-    if (bad.item < 0) return rows_road_.prepare(rows, sorted_, scratch_);
+    if (bad.item < 0)
+      return check_finite(rows_road_.prepare(rows, sorted_, scratch_), builder_.row_places());
     const RowIndices& ix = builder_.indices()[bad.item];
     const int64_t index = ix.data[bad.dimension * ix.dim_stride + bad.entry * ix.entry_stride];
     throw bad_index(builder_.row_places()[bad.item], bad.entry, index, bad.dimension,
@@ -51,13 +56,32 @@ class CpuStep final : public DeviceStep {
 
   void apply() override {
     const at::NoGradGuard no_grad;
+    builder_.start();
+    // A parameter that no gradient of the window reached does not move.
+    for (DenseItem& item : builder_.dense())
+      if (!item.rule.params->adds && *item.rule.window != item.rule.params->window) item.numel = 0;
     dense_road_.run();
+    direct_road_.run();
     rows_road_.run();
-    for (const at::Tensor& counter : counters_) ++*counter.mutable_data_ptr<int64_t>();
+    for (const DenseItem& item : builder_.dense()) {
+      if (item.rule.step) ++*item.rule.step;
+      if (item.rule.window) *item.rule.window = item.rule.params->window;
+    }
+    for (const RowsItem& item : builder_.direct()) advance(item.rule);
+    for (const RowsItem& item : builder_.rows()) advance(item.rule);
+    for (const RuleUse& rule : builder_.idle()) advance(rule);
     builder_.finish();
   }
 
  private:
+  static void advance(const RuleUse& rule) {
+    if (rule.step) ++*rule.step;
+  }
+
+  static void check_finite(int64_t bad_item, const std::vector<UpdatePlace>& places) {
+    if (bad_item >= 0) throw nonfinite_gradient(places[bad_item]);
+  }
+
   // Most parameters have taken the same number of steps.
   void correct_bias(RuleParams& rule, int64_t step) {
     if (step != corrected_step_ || rule.beta1 != corrected_.beta1 ||
@@ -75,10 +99,10 @@ class CpuStep final : public DeviceStep {
   double grad_scale_ = 1.0;
   bool cancelled_ = false;
   ItemBuilder builder_;
-  std::vector<at::Tensor> counters_;
   Scratch scratch_;
   SortedEntries sorted_;
   DenseRoad dense_road_;
+  DirectRoad direct_road_;
   RowsRoad rows_road_;
 };
 

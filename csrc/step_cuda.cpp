@@ -100,6 +100,11 @@ class CudaStep final : public DeviceStep {
  public:
   explicit CudaStep(const StepContext& context) : context_(context) {}
 
+  bool supports(const RuleParams& rule) const override {
+    return rule.kind != RuleKind::kMomentum && !rule.looks() &&
+           rule.nonfinite != Nonfinite::kRaise && rule.touched == Touched::kAll;
+  }
+
   void add(Update& u) override {
     check_update(u);
     std::unique_ptr<OneDevice>& device = devices_[u.param.device().index()];

@@ -22,12 +22,32 @@
 namespace tiger_ext {
 
 enum class RuleKind : int8_t {
-  kSignMomentum,        // Tiger (beta1 == beta2) and Lion
-  kAdamW,               // first and second moment
-  kAdamWWithoutMoment1  // beta1 == 0: RMSprop with bias correction, no first moment stored
+  kSignMomentum,         // Tiger (beta1 == beta2) and Lion, in their plain form
+  kAdamW,                // first and second moment
+  kAdamWWithoutMoment1,  // beta1 == 0: RMSprop with bias correction, no first moment stored
+  kMomentum,             // Tiger and Lion with any direction, or within an accumulation window
+  kShrink,               // what nonfinite="shrink" does to a parameter; no state
 };
 
-// What the rules need to know, in double, independent of T: one per tensor and step.
+// What takes the place of the sign; c is the momentum, kappa the direction's scale.
+enum class Direction : int8_t {
+  kSign,
+  kClip,   // clamp(kappa c, -1, 1)
+  kPower,  // sign(c) |c|^kappa
+  kAtan,   // 2/pi atan(kappa c)
+};
+
+// Over what the learning rate is relative to the parameter's root mean square, if it is.
+enum class Scale : int8_t { kNone, kTensor, kRows };
+
+// What a NaN or Inf in the (summed) gradient does.
+enum class Nonfinite : int8_t { kPropagate, kSkip, kShrink, kRaise };
+
+// Which rows a strided gradient touches.
+enum class Touched : int8_t { kAll, kNonzero, kMasked };
+
+// What the rules need to know, in double, independent of the arithmetic type: one per tensor and
+// step.
 struct RuleParams {
   RuleKind kind = RuleKind::kSignMomentum;
   double lr = 0.0;
@@ -39,10 +59,28 @@ struct RuleParams {
   double bias_correction1 = 1.0;  // 1 - beta1^t
   double bias_correction2 = 1.0;  // 1 - beta2^t
 
-  friend bool operator==(const RuleParams& a, const RuleParams& b) {
-    return a.kind == b.kind && a.lr == b.lr && a.beta1 == b.beta1 && a.beta2 == b.beta2 &&
-           a.eps == b.eps && a.weight_decay == b.weight_decay && a.grad_factor == b.grad_factor &&
-           a.bias_correction1 == b.bias_correction1 && a.bias_correction2 == b.bias_correction2;
+  Direction direction = Direction::kSign;
+  double direction_scale = 1.0;
+  Scale scale = Scale::kNone;
+  double rms_floor = 0.0;
+  Nonfinite nonfinite = Nonfinite::kPropagate;
+  double shrink_ratio = 1.0;
+  double shrink_to = 0.0;
+  Touched touched = Touched::kAll;
+
+  // Of an accumulation window's micro-step (Tiger only):
+  int32_t window = 0;      // its number, from 1; 0: no accumulation
+  double micro_steps = 1;  // the gradient counts for one of so many
+  bool decays = true;      // the momentum decays, once per window
+  bool adds = true;        // there is a gradient
+  bool moves = true;       // the parameter moves, once per window
+
+  friend bool operator==(const RuleParams& a, const RuleParams& b) = default;
+
+  // Whether each tensor or row must be looked at before it is updated.
+  TIGER_EXT_INLINE bool looks() const {
+    return scale != Scale::kNone || nonfinite == Nonfinite::kSkip ||
+           nonfinite == Nonfinite::kShrink;
   }
 };
 
@@ -61,32 +99,98 @@ TIGER_EXT_INLINE T sign(T x) {
   return x == x ? s : x;
 }
 
-// Lion, and Tiger as its special case beta1 == beta2, where the direction is the sign of the new
+// c's direction; NaN stays NaN.
+template <Direction kDirection, typename T>
+TIGER_EXT_INLINE T direction_of(T c, T kappa) {
+  if constexpr (kDirection == Direction::kSign) {
+    return sign(c);
+  } else if constexpr (kDirection == Direction::kClip) {
+    const T x = kappa * c;
+    return x > T(1) ? T(1) : x < T(-1) ? T(-1) : x;
+  } else if constexpr (kDirection == Direction::kPower) {
+    return sign(c) * std::pow(std::abs(c), kappa);
+  } else {
+    return static_cast<T>(0.63661977236758134308) * std::atan(kappa * c);
+  }
+}
+
+// Lion, and Tiger as its special case beta1 == beta2, where the direction is that of the new
 // momentum: c and the new m are then the same number, computed by the same operations.
 //     c = beta1 m + (1 - beta1) g
-//     p = (1 - lr wd) p - lr sign(c)
+//     p = (1 - lr wd) p - lr direction(c)
 //     m = beta2 m + (1 - beta2) g
+// In an accumulation window beta and p's step count once and the gradient k times, divided by k.
 template <typename T>
-struct SignMomentum {
-  static constexpr RuleKind kKind = RuleKind::kSignMomentum;
+struct Momentum {
+  static constexpr RuleKind kKind = RuleKind::kMomentum;
   static constexpr int kStates = 1;
-  T grad_factor, decay, lr, beta1, beta2, one_minus_beta1, one_minus_beta2;
+  T grad_factor, decay, lr, beta1, beta2, weight1, weight2;
+  T weight_decay, direction_scale;
+  Direction direction;
+  bool moves;
 
-  SignMomentum() = default;
-  TIGER_EXT_INLINE explicit SignMomentum(const RuleParams& r)
+  Momentum() = default;
+  TIGER_EXT_INLINE explicit Momentum(const RuleParams& r)
       : grad_factor(static_cast<T>(r.grad_factor)),
         decay(static_cast<T>(1.0 - r.lr * r.weight_decay)),
         lr(static_cast<T>(r.lr)),
-        beta1(static_cast<T>(r.beta1)),
-        beta2(static_cast<T>(r.beta2)),
-        one_minus_beta1(static_cast<T>(1.0 - r.beta1)),
-        one_minus_beta2(static_cast<T>(1.0 - r.beta2)) {}
+        beta1(static_cast<T>(r.decays ? r.beta1 : 1.0)),
+        beta2(static_cast<T>(r.decays ? r.beta2 : 1.0)),
+        weight1(static_cast<T>(r.adds ? (1.0 - r.beta1) / r.micro_steps : 0.0)),
+        weight2(static_cast<T>(r.adds ? (1.0 - r.beta2) / r.micro_steps : 0.0)),
+        weight_decay(static_cast<T>(r.weight_decay)),
+        direction_scale(static_cast<T>(r.direction_scale)),
+        direction(r.direction),
+        moves(r.moves) {}
+
+  // The rule with a learning rate `factor` times as large.
+  TIGER_EXT_INLINE void scale(double factor) {
+    lr = static_cast<T>(static_cast<double>(lr) * factor);
+    decay = T(1) - lr * weight_decay;
+  }
+  // The rule after the window's first micro-step.
+  TIGER_EXT_INLINE void stop_decay() { beta1 = beta2 = T(1); }
+
+  // The direction of one element, before its update.
+  template <Direction kDirection>
+  TIGER_EXT_INLINE T direction_at(T grad, T m) const {
+    return direction_of<kDirection>(beta1 * m + weight1 * (grad_factor * grad), direction_scale);
+  }
+
+  template <Direction kDirection, bool kMoves>
+  TIGER_EXT_INLINE void update(T grad, T& p, T& m) const {
+    const T g = grad_factor * grad;
+    const T c = beta1 * m + weight1 * g;
+    if constexpr (kMoves) p = decay * p - lr * direction_of<kDirection>(c, direction_scale);
+    m = beta2 * m + weight2 * g;
+  }
+
+  // Calls f.template operator()<direction>().
+  template <typename F>
+  TIGER_EXT_INLINE void with_direction(const F& f) const {
+    switch (direction) {
+      case Direction::kSign:
+        return f.template operator()<Direction::kSign>();
+      case Direction::kClip:
+        return f.template operator()<Direction::kClip>();
+      case Direction::kPower:
+        return f.template operator()<Direction::kPower>();
+      case Direction::kAtan:
+        return f.template operator()<Direction::kAtan>();
+    }
+  }
+};
+
+// The plain form: sign, no window.
+template <typename T>
+struct SignMomentum : Momentum<T> {
+  static constexpr RuleKind kKind = RuleKind::kSignMomentum;
+
+  SignMomentum() = default;
+  TIGER_EXT_INLINE explicit SignMomentum(const RuleParams& r) : Momentum<T>(r) {}
 
   TIGER_EXT_INLINE void operator()(T grad, T& p, T& m) const {
-    const T g = grad_factor * grad;
-    const T c = beta1 * m + one_minus_beta1 * g;
-    p = decay * p - lr * sign(c);
-    m = beta2 * m + one_minus_beta2 * g;
+    this->template update<Direction::kSign, true>(grad, p, m);
   }
 };
 
@@ -121,6 +225,20 @@ struct AdamW {
   }
 };
 
+// nonfinite="shrink": a step towards `to`.
+template <typename T>
+struct Shrink {
+  static constexpr RuleKind kKind = RuleKind::kShrink;
+  static constexpr int kStates = 0;
+  T ratio, to;
+
+  Shrink() = default;
+  TIGER_EXT_INLINE explicit Shrink(const RuleParams& r)
+      : ratio(static_cast<T>(r.shrink_ratio)), to(static_cast<T>(r.shrink_to)) {}
+
+  TIGER_EXT_INLINE void operator()(T, T& p) const { p = to + ratio * (p - to); }
+};
+
 // AdamW with beta1 == 0: m is g itself.
 template <typename T>
 struct AdamWWithoutMoment1 : AdamW<T> {
@@ -135,5 +253,38 @@ struct AdamWWithoutMoment1 : AdamW<T> {
     AdamW<T>::operator()(grad, p, m, v);
   }
 };
+
+// What was found in a tensor or row before its update: sums in double over a fixed order of
+// elements, so that they are reproducible.
+struct Facts {
+  double params = 0.0;      // sum of squares
+  double directions = 0.0;  // likewise, if the direction is not the sign
+  bool finite = true;       // the gradient is
+
+  TIGER_EXT_INLINE void add(const Facts& other) {
+    params += other.params;
+    directions += other.directions;
+    finite = finite && other.finite;
+  }
+
+  // What the learning rate of `count` elements is multiplied by (Su 2023): max(RMS(p), floor) /
+  // RMS(d), where RMS(d) counts as 1 for the sign and for a direction of zeros.
+  TIGER_EXT_INLINE double rate(const RuleParams& r, int64_t count) const {
+    const double n = static_cast<double>(count);
+    const double size = std::sqrt(params / n);
+    const double floored = size < r.rms_floor ? r.rms_floor : size;
+    if (r.direction == Direction::kSign || directions == 0.0) return floored;
+    return floored / std::sqrt(directions / n);
+  }
+};
+
+enum class Verdict : int8_t { kUpdate, kSkip, kShrink };
+
+TIGER_EXT_INLINE Verdict judge(const RuleParams& r, const Facts& facts) {
+  if (facts.finite || !r.adds) return Verdict::kUpdate;
+  return r.nonfinite == Nonfinite::kSkip     ? Verdict::kSkip
+         : r.nonfinite == Nonfinite::kShrink ? Verdict::kShrink
+                                             : Verdict::kUpdate;
+}
 
 }  // namespace tiger_ext

@@ -139,16 +139,8 @@ def test_betas_may_be_zero_and_a_list():
 
 PLANNED = {
     "lazy": ["decay", "exact"],
-    "rows": ["nonzero", "tracked"],
-    "nonfinite": ["skip", "shrink", "raise"],
     "momentum_dtype": [torch.int8],
     "stochastic_rounding": [True],
-}
-PLANNED_SIGN = {"scale": ["rms", "rms_rows"], "direction": ["clip", "power", "atan"]}
-PLANNED_OF = {
-    Tiger: {**PLANNED, **PLANNED_SIGN, "accumulation_steps": [2, 16]},
-    Lion: {**PLANNED, **PLANNED_SIGN},
-    AdamW: PLANNED,
 }
 
 
@@ -157,7 +149,7 @@ PLANNED_OF = {
     [
         pytest.param(cls, name, value, id=f"{cls.__name__}-{name}={value}")
         for cls in CLASSES
-        for name, values in PLANNED_OF[cls].items()
+        for name, values in PLANNED.items()
         for value in values
     ],
 )

@@ -17,15 +17,38 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from tiger_ext import _native, reference
-from tiger_ext.options import ALGORITHMS, algorithm_of, check_option, complete_group
+from tiger_ext.options import (
+    ALGORITHMS,
+    DIRECTION_SCALES,
+    algorithm_of,
+    check_option,
+    complete_group,
+)
+from tiger_ext.tracking import TrackingHandle, UsedRows
 
 __all__ = ["MixedOptimizer"]
 
+_INT32 = torch.int32
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What a step does with a group: all of it, or of an accumulation window one of two parts.
+
+    In a window, every micro-step *adds* its gradient to the momentum, and the last one then *moves*
+    the parameters: the rows that any of the window's micro-steps touched.
+    """
+
+    adds: bool = True
+    moves: bool = True
+    window: int = 0  # counted from 1; 0: no accumulation
+    micro_steps: int = 1
 
 
 @dataclass
@@ -33,15 +56,19 @@ class _ReferenceUpdate:
     """One parameter's share of a step on the reference; checked, not yet written."""
 
     param: Tensor
-    grad: Tensor
+    grad: Tensor | None
     state: dict[str, Any]
     group: dict[str, Any]
+    part: _Part
+    mask: Tensor | None
 
     def check(self) -> None:
         """Check parameter and gradient; the state may still be missing."""
         p, g = self.param, self.grad
         if p.layout != torch.strided:
             raise RuntimeError(f"the parameter has layout {p.layout}, expected torch.strided")
+        if g is None:
+            return
         if p.dtype not in _FLOATS or g.dtype not in _FLOATS:
             raise RuntimeError(
                 f"the parameter has dtype {p.dtype} and the gradient {g.dtype}, expected one of "
@@ -60,46 +87,61 @@ class _ReferenceUpdate:
             reference.check_indices(g._indices(), p.shape)
 
     def check_state(self) -> None:
-        """Check that the state fits the parameter."""
+        """Check that the state fits the parameter, and the gradient's values if they matter."""
         p = self.param
         for name, s in self.state.items():
-            if name != "step" and s.shape != p.shape:
+            if name in _MOMENTS and s.shape != p.shape:
                 raise RuntimeError(
                     f"the state {name} has shape {list(s.shape)}, the parameter has shape "
                     f"{list(p.shape)}"
                 )
+        if self.grad is not None and self.group["nonfinite"] == "raise":
+            grad = self._units()[1]
+            if not bool(torch.isfinite(grad).all()):
+                raise FloatingPointError("the gradient has a NaN or Inf")
 
     def apply(self, grad_scale: float) -> None:
-        g = self.grad
-        if "step" in self.state:
-            self.state["step"] += 1
-        if g.layout == torch.strided:
-            self._update(..., g, grad_scale)
-        elif g._nnz() > 0:
-            rows, sums = reference.sum_duplicates(
-                g._indices(),
-                g._values(),
-                self.param.shape,
-                reference.arithmetic_dtype(self.param),
-            )
-            self._update(tuple(rows), sums, grad_scale)
+        where, grad = self._units()
+        group, state, part = self.group, self.state, self.part
+        param = self._read(self.param, where)
+        decays = torch.ones((param.shape[0],), dtype=torch.bool, device=param.device)
+        if part.window:
+            in_window = self._read(state["window"], where).reshape(-1) == part.window
+            decays = ~in_window
+            if not part.adds:  # all rows for which the window is open
+                where = self._select(where, in_window)
+                param, decays = param[in_window], decays[in_window]
+                grad = torch.zeros_like(param)
+        if part.adds and group["nonfinite"] in ("skip", "shrink"):
+            finite = reference.per_unit(torch.isfinite(grad)).all(1)
+            if group["nonfinite"] == "shrink":
+                shrunk = reference.shrink(
+                    param[~finite], ratio=group["shrink_ratio"], to=group.get("shrink_to", 0.0)
+                )
+                self._write(self.param, self._select(where, ~finite), shrunk)
+            if where is None and not bool(finite):
+                return
+            where = self._select(where, finite)
+            param, grad, decays = param[finite], grad[finite], decays[finite]
+        if "step" in state:
+            state["step"] += 1
+        if part.window and part.adds:
+            self._write(state["window"], where, torch.full_like(decays, part.window, dtype=_INT32))
+        self._update(where, param, grad / grad_scale, decays)
 
-    def _update(self, where: Any, grad: Tensor, grad_scale: float) -> None:
-        group, state = self.group, self.state
-        dtype = reference.arithmetic_dtype(self.param)
-        factor = (-1.0 if group["maximize"] else 1.0) / grad_scale
+    def _update(self, where: Any, param: Tensor, grad: Tensor, decays: Tensor) -> None:
+        group, state, part = self.group, self.state, self.part
+        if group["maximize"]:
+            grad = -grad
         args = dict(lr=_learning_rate(group), weight_decay=group["weight_decay"])
         betas = group["betas"]
-        param = self.param[where].to(dtype)
-        grad = grad.to(dtype) * factor
         new: dict[str, Tensor | None] = {}
         if group["algorithm"] == "adamw":
-            exp_avg = state["exp_avg"][where].to(dtype) if betas[0] > 0 else None
             new_param, new["exp_avg"], new["exp_avg_sq"] = reference.adamw(
                 param,
                 grad,
-                exp_avg,
-                state["exp_avg_sq"][where].to(dtype),
+                self._read(state["exp_avg"], where) if betas[0] > 0 else None,
+                self._read(state["exp_avg_sq"], where),
                 int(state["step"]),
                 beta1=betas[0],
                 beta2=betas[1],
@@ -107,18 +149,87 @@ class _ReferenceUpdate:
                 **args,
             )
         else:
+            beta1: float | Tensor = betas[0]
+            beta2: float | Tensor = betas[-1]
+            if part.window:
+                each = decays.reshape(-1, *[1] * (param.dim() - 1))
+                beta1 = beta2 = torch.ones_like(each, dtype=param.dtype).masked_fill(each, betas[0])
             new_param, new["exp_avg"] = reference.sign_momentum(
                 param,
                 grad,
-                state["exp_avg"][where].to(dtype),
-                beta1=betas[0],
-                beta2=betas[-1],
+                self._read(state["exp_avg"], where),
+                beta1=beta1,
+                beta2=beta2,
+                weight1=(1 - betas[0]) / part.micro_steps,
+                weight2=(1 - betas[-1]) / part.micro_steps,
+                kind=group["direction"],
+                kappa=_direction_scale(group),
+                rms_floor=None if group["scale"] is None else group["rms_floor"],
                 **args,
             )
-        self.param[where] = new_param.to(self.param.dtype)
+        if part.moves:
+            self._write(self.param, where, new_param)
         for name, value in new.items():
             if value is not None:
-                state[name][where] = value.to(state[name].dtype)
+                self._write(state[name], where, value)
+
+    # A parameter is updated in units: its touched rows, or the whole of it as the only one.
+
+    def _units(self) -> tuple[tuple[Tensor, ...] | None, Tensor]:
+        """Return where the units are (None: the whole) and their gradients ``[units, ...]``."""
+        p, g = self.param, self.grad
+        dtype = reference.arithmetic_dtype(p)
+        window = self.state.get("window")
+        row_dims = 0 if window is None else window.dim()
+        if g is not None and g.layout == torch.sparse_coo:
+            rows, sums = reference.sum_duplicates(g._indices(), g._values(), p.shape, dtype)
+            return tuple(rows), sums
+        if g is None:
+            g = torch.zeros((), dtype=dtype, device=p.device).expand(p.shape)
+            touched = torch.ones(p.shape[:row_dims], dtype=torch.bool, device=p.device)
+        elif _is_row_lazy(p, self.group):
+            row_dims = max(row_dims, 1)
+            if self.mask is not None:
+                touched = self.mask.bool()
+            else:
+                touched = reference.per_unit(g != 0).any(1)
+            if row_dims > 1:
+                touched = touched.reshape(-1, *[1] * (row_dims - 1)).expand(p.shape[:row_dims])
+        else:
+            if self.group.get("scale") == "rms_rows" and p.dim() > 0:
+                row_dims = max(row_dims, 1)
+            touched = torch.ones(p.shape[:row_dims], dtype=torch.bool, device=p.device)
+        if row_dims == 0:
+            return None, g.to(dtype).unsqueeze(0)
+        where = touched.nonzero(as_tuple=True)
+        return where, g[where].to(dtype)
+
+    def _read(self, tensor: Tensor, where: tuple[Tensor, ...] | None) -> Tensor:
+        units = tensor.unsqueeze(0) if where is None else tensor[where]
+        return (
+            units.to(reference.arithmetic_dtype(self.param)) if units.is_floating_point() else units
+        )
+
+    @staticmethod
+    def _write(tensor: Tensor, where: tuple[Tensor, ...] | None, units: Tensor) -> None:
+        if where is not None:
+            tensor[where] = units.to(tensor.dtype)
+        elif len(units):
+            tensor.copy_(units[0])
+
+    @staticmethod
+    def _select(where: tuple[Tensor, ...] | None, chosen: Tensor) -> tuple[Tensor, ...] | None:
+        return None if where is None else tuple(index[chosen] for index in where)
+
+
+def _is_row_lazy(p: Tensor, group: Mapping[str, Any]) -> bool:
+    """Return whether a strided gradient of ``p`` updates only the rows it touches."""
+    return group["rows"] is not None and p.dim() >= 2
+
+
+def _direction_scale(group: Mapping[str, Any]) -> float:
+    scale = group["direction_scale"]
+    return DIRECTION_SCALES[group["direction"]] if scale is None else scale
 
 
 def _learning_rate(group: Mapping[str, Any]) -> float | Tensor:
@@ -221,41 +332,139 @@ class MixedOptimizer(torch.optim.Optimizer):
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if found_inf is not None and found_inf.device.type == "cpu" and float(found_inf) != 0.0:
             return
-        native = None
-        on_reference: list[_ReferenceUpdate] = []
-        created: list[tuple[Tensor, str]] = []
+        if (
+            found_inf is not None
+            and any(group.get("accumulation_steps", 1) > 1 for group in self.param_groups)
+            and float(found_inf) != 0.0
+        ):
+            return  # the windows' clock is on the host
+        undo: list[tuple[Tensor, str, Any]] = []
+        windows: list[_WindowRows] = []
         try:
-            if _native.C is not None:
-                native = _native.C.Step(self._faults(), grad_scale, found_inf)
-            for index, group in enumerate(self.param_groups):
-                if native is None or group["fused"] is False:
-                    rest: Iterable[int] = range(len(group["params"]))
-                else:
-                    rest = self._add_to_native(native, index, group, created)
-                    if rest and group["fused"]:
-                        raise RuntimeError(self._why_not_native(index, rest[0]))
-                if rest:
-                    self._add_to_reference(on_reference, index, group, rest, created)
-            if native is not None:
-                native.prepare()
-            if (native is not None and native.cancelled()) or (
-                on_reference and found_inf is not None and float(found_inf) != 0.0
-            ):
-                self._discard(created)
+            passes = [self._prepare_pass(True, grad_scale, found_inf, undo, windows)]
+            if any(_closes_window(group) for group in self.param_groups):
+                passes.append(self._prepare_pass(False, grad_scale, found_inf, undo, windows))
+            if any(each.cancelled(found_inf) for each in passes):
+                self._restore(undo)
                 return
         except BaseException as error:
-            self._discard(created)
+            self._restore(undo)
             if _native.C is not None and isinstance(error, _native.C.UpdateError):
                 kind, index, position, message = error.args
-                exception = IndexError if kind == "index" else RuntimeError
+                exception = {"index": IndexError, "nonfinite": FloatingPointError}.get(
+                    kind, RuntimeError
+                )
                 raise exception(f"{self._label(index, position)}: {message}") from None
             raise
-        if native is not None:
-            native.apply()
-        if on_reference:
-            scale = 1.0 if grad_scale is None else float(grad_scale)
-            for update in on_reference:
-                update.apply(scale)
+        for each in passes:
+            each.apply(grad_scale)
+        self._advance_windows(windows)
+        for used in self._used_rows().values():
+            used.clear()
+
+    def _prepare_pass(
+        self,
+        adds: bool,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        undo: list[tuple[Tensor, str, Any]],
+        windows: list[_WindowRows],
+    ) -> _Pass:
+        """Check and allocate what this step does, or what closing its windows does."""
+        this = _Pass(None, [])
+        if _native.C is not None:
+            this.native = _native.C.Step(self._faults(), grad_scale, found_inf)
+        for index, group in enumerate(self.param_groups):
+            if not adds and not _closes_window(group):
+                continue
+            part = _part_of(group, adds)
+            rows = self._masks(index, group) if adds else {w.param: w.rows for w in windows}
+            if this.native is None or group["fused"] is False:
+                rest: Iterable[int] = range(len(group["params"]))
+            else:
+                rest = self._add_to_native(this.native, index, group, part, rows, undo)
+                if rest and group["fused"]:
+                    raise RuntimeError(self._why_not_native(index, rest[0]))
+            if rest:
+                self._add_to_reference(this.on_reference, index, group, rest, part, rows, undo)
+            if adds and part.window:
+                windows += _window_rows(group, self.state)
+        if this.native is not None:
+            this.native.prepare()
+        return this
+
+    def _advance_windows(self, windows: list[_WindowRows]) -> None:
+        closing = {id(group) for group in self.param_groups if _closes_window(group)}
+        for window in windows:
+            state = self.state[window.param]
+            if id(window.group) not in closing:
+                state["window_rows"] = window.rows
+            else:
+                state.pop("window_rows", None)
+        for group in self.param_groups:
+            if group.get("accumulation_steps", 1) == 1:
+                continue
+            done = group.get("micro_steps", 0) + 1
+            if id(group) in closing:
+                group["windows"] = group.get("windows", 0) + 1
+                done = 0
+            group["micro_steps"] = done
+
+    # -------------------------------------------------------------------------------- tracking
+
+    def track(self, module: nn.Module, parameter: Tensor | None = None) -> TrackingHandle:
+        """Record the ids that ``module`` looks up, for groups with ``rows="tracked"``.
+
+        A forward pre-hook notes the ids of every call in training mode with gradients enabled. The
+        next step then updates these rows, also where their gradient is exactly zero, and no others.
+
+        Args:
+            module: an ``nn.Embedding``, ``nn.EmbeddingBag``, or any module whose first argument is
+                an integer tensor of row ids, of any shape.
+            parameter: the table; default ``module.weight``.
+
+        Returns:
+            A handle; ``remove()`` ends the tracking. A deep copy of the module is not tracked.
+
+        Raises:
+            ValueError: the parameter is not one of this optimizer's.
+            TypeError: the module has no ``weight`` and ``parameter`` was not given.
+        """
+        table = getattr(module, "weight", None) if parameter is None else parameter
+        if not isinstance(table, Tensor):
+            raise TypeError(
+                f"{type(module).__name__} has no tensor `weight`: pass the table as `parameter`"
+            )
+        if not any(p is table for group in self.param_groups for p in group["params"]):
+            raise ValueError(
+                f"the {list(table.shape)} parameter of {type(module).__name__} is not one of this "
+                f"{type(self).__name__}'s"
+            )
+        rows = table.shape[0] if table.dim() > 0 else 1
+        return TrackingHandle(module, self._used_rows().setdefault(table, UsedRows(rows)))
+
+    def _used_rows(self) -> dict[Tensor, UsedRows]:
+        """Return what tracked modules have recorded; not part of any state dict."""
+        return self.__dict__.setdefault("_tracked", {})
+
+    def _masks(self, index: int, group: dict[str, Any]) -> dict[Tensor, Tensor]:
+        """Return the mask ``[rows]`` of the used rows of each tracked parameter."""
+        masks: dict[Tensor, Tensor] = {}
+        if group["rows"] != "tracked":
+            return masks
+        for position, p in enumerate(group["params"]):
+            if p.grad is None or p.grad.layout != torch.strided or not _is_row_lazy(p, group):
+                continue
+            used = self._used_rows().get(p)
+            if used is None or not used.modules:
+                raise RuntimeError(
+                    f"{self._label(index, position)}: rows='tracked', but no module of the "
+                    "parameter is tracked; call optimizer.track(module)"
+                )
+            masks[p] = used.mask(p.device)
+        return masks
+
+    # ---------------------------------------------------------------------------- step: details
 
     def _faults(self) -> Any:
         """Return the place where a GPU reports bad row indices; not part of any state dict."""
@@ -264,32 +473,33 @@ class MixedOptimizer(torch.optim.Optimizer):
             faults = self.__dict__["_device_faults"] = _native.C.Faults()  # type: ignore[union-attr]
         return faults
 
-    def _discard(self, created: list[tuple[Tensor, str]]) -> None:
-        """Remove the state that a step created which then did not happen."""
-        for p, name in created:
+    def _restore(self, undo: list[tuple[Tensor, str, Any]]) -> None:
+        """Put back the state that a step changed which then did not happen."""
+        for p, name, old in reversed(undo):
+            if old is not None:
+                self.state[p][name] = old
+                continue
             self.state[p].pop(name, None)
             if not self.state[p]:
                 del self.state[p]
 
     def _add_to_native(
-        self, native: Any, index: int, group: dict[str, Any], created: list[tuple[Tensor, str]]
+        self,
+        native: Any,
+        index: int,
+        group: dict[str, Any],
+        part: _Part,
+        rows: dict[Tensor, Tensor],
+        undo: list[tuple[Tensor, str, Any]],
     ) -> list[int]:
         """Add a group to the native step; return the positions that have no native kernel."""
-        kinds = _native.C.RuleKind  # type: ignore[union-attr]
-        betas = group["betas"]
-        beta1 = betas[0]
-        if group["algorithm"] == "adamw":
-            kind = kinds.ADAMW if beta1 > 0 else kinds.ADAMW_WITHOUT_MOMENT1
-            eps = group["eps"]
-        else:
-            kind, eps = kinds.SIGN_MOMENTUM, 0.0
         params = group["params"]
-        hyper = (_learning_rate(group), beta1, betas[-1], eps, group["weight_decay"])
-        args = (params, self.state, index, kind, *hyper, group["maximize"])
+        rule = _native_rule(group, part)
+        args = (params, self.state, index, rule, _learning_rate(group), rows)
         without_state, rest = native.add_group(*args, None)
         if without_state:
             for position in without_state:
-                self._init_state(params[position], group, created)
+                self._checked_init_state(index, position, group, undo)
             native.add_group(*args, without_state)
         return rest
 
@@ -299,23 +509,36 @@ class MixedOptimizer(torch.optim.Optimizer):
         index: int,
         group: dict[str, Any],
         positions: Iterable[int],
-        created: list[tuple[Tensor, str]],
+        part: _Part,
+        rows: dict[Tensor, Tensor],
+        undo: list[tuple[Tensor, str, Any]],
     ) -> None:
         for position in positions:
             p = group["params"][position]
-            if p.grad is None:
+            if part.adds and p.grad is None:
                 continue
-            update = _ReferenceUpdate(p, p.grad, {}, group)
+            if not part.adds and "window" not in self.state.get(p, {}):
+                continue
+            mask = rows.get(p) if part.adds else None
+            update = _ReferenceUpdate(p, p.grad if part.adds else None, {}, group, part, mask)
             try:
                 update.check()
-                update.state = self._init_state(p, group, created)
+                update.state = self._init_state(p, group, undo) if part.adds else self.state[p]
                 update.check_state()
-            except (RuntimeError, IndexError) as error:
+            except (RuntimeError, IndexError, FloatingPointError) as error:
                 raise type(error)(f"{self._label(index, position)}: {error}") from None
             updates.append(update)
 
+    def _checked_init_state(
+        self, index: int, position: int, group: dict[str, Any], undo: list[tuple[Tensor, str, Any]]
+    ) -> None:
+        try:
+            self._init_state(group["params"][position], group, undo)
+        except _WindowError as error:
+            raise RuntimeError(f"{self._label(index, position)}: {error}") from None
+
     def _init_state(
-        self, p: Tensor, group: dict[str, Any], created: list[tuple[Tensor, str]]
+        self, p: Tensor, group: dict[str, Any], undo: list[tuple[Tensor, str, Any]]
     ) -> dict[str, Any]:
         """Create what is missing of a parameter's state, zero, in the parameter's memory format."""
         wanted: dict[str, torch.dtype] = {}
@@ -339,7 +562,7 @@ class MixedOptimizer(torch.optim.Optimizer):
                     "parameter has no state yet, which every replay would reset: take one step "
                     "before the capture"
                 )
-            created.append((p, name))
+            undo.append((p, name, None))
             if name == "step":
                 state[name] = torch.zeros((), dtype=dtype, device=_clock_device(p))
                 continue
@@ -347,7 +570,33 @@ class MixedOptimizer(torch.optim.Optimizer):
             if large_table:
                 _advise_huge_pages(state[name], in_use=False)
             state[name].zero_()
+        if group.get("accumulation_steps", 1) > 1:
+            self._init_window(p, group, undo)
         return state
+
+    def _init_window(
+        self, p: Tensor, group: dict[str, Any], undo: list[tuple[Tensor, str, Any]]
+    ) -> None:
+        """Create ``window``: which window each row, or the whole parameter, was last part of."""
+        state = self.state[p]
+        old = state.get("window")
+        shape = p.shape[: _window_dims(p, group)]
+        strided = p.grad is not None and p.grad.layout == torch.strided
+        if old is not None and (old.shape == shape or (strided and old.dim() > 0)):
+            return
+        in_window = group.get("micro_steps", 0) > 0
+        if old is not None and old.dim() > 0 and in_window:
+            raise _WindowError(
+                f"the gradient's sparse_dim changed from {old.dim()} to {len(shape)} within an "
+                "accumulation window"
+            )
+        undo.append((p, "window", old))
+        state["window"] = torch.zeros(shape, dtype=_INT32, device=p.device)
+        if old is not None and in_window:
+            state["window"].copy_(old.expand(shape))
+            # Not the gradient's rows alone belong to the window.
+            undo.append((p, "window_rows", state.get("window_rows")))
+            state["window_rows"] = _unlisted(p)
 
     # ------------------------------------------------------------------------------- messages
 
@@ -413,6 +662,118 @@ class MixedOptimizer(torch.optim.Optimizer):
             algorithm = algorithm_of(group.setdefault("algorithm", self._algorithm))
             for name, value in algorithm.defaults.items():
                 group.setdefault(name, value)
+
+
+class _WindowError(RuntimeError):
+    pass
+
+
+@dataclass
+class _Pass:
+    """A native step and the updates on the reference beside it."""
+
+    native: Any
+    on_reference: list[_ReferenceUpdate]
+
+    def cancelled(self, found_inf: Tensor | None) -> bool:
+        if self.native is not None and self.native.cancelled():
+            return True
+        return bool(self.on_reference) and found_inf is not None and float(found_inf) != 0.0
+
+    def apply(self, grad_scale: Tensor | None) -> None:
+        if self.native is not None:
+            self.native.apply()
+        scale = 1.0 if grad_scale is None or not self.on_reference else float(grad_scale)
+        for update in self.on_reference:
+            update.apply(scale)
+
+
+@dataclass
+class _WindowRows:
+    """The rows that the gradients of the open window touched, ``[row_dims, entries]``."""
+
+    param: Tensor
+    group: dict[str, Any]
+    rows: Tensor
+
+
+def _unlisted(p: Tensor) -> Tensor:
+    """Return what stands for "not listed: look at the state `window` of each row"."""
+    return torch.empty((0, 0), dtype=torch.int64, device=p.device)
+
+
+def _window_rows(group: dict[str, Any], states: Mapping[Tensor, Any]) -> list[_WindowRows]:
+    """Return the rows of the open windows once this step's gradients have been added."""
+    found = []
+    for p in group["params"]:
+        state = states.get(p)
+        if not state or "window" not in state or state["window"].dim() == 0:
+            continue
+        rows = state.get("window_rows")
+        g = p.grad
+        if g is not None and g.layout == torch.sparse_coo:
+            new = g._indices().detach().to(torch.int64)
+            if rows is None:
+                rows = new.clone()
+            elif rows.shape[0] > 0:
+                rows = torch.cat([rows, new], 1)
+        elif g is not None:
+            rows = _unlisted(p)
+        if rows is not None:
+            found.append(_WindowRows(p, group, rows))
+    return found
+
+
+def _window_dims(p: Tensor, group: Mapping[str, Any]) -> int:
+    """Return how many leading dimensions make a row of this step's gradient; 0: it has none."""
+    if p.grad is not None and p.grad.layout == torch.sparse_coo:
+        return p.grad.sparse_dim()
+    per_row = _is_row_lazy(p, group) or (group["scale"] == "rms_rows" and p.dim() > 0)
+    return 1 if per_row else 0
+
+
+def _closes_window(group: Mapping[str, Any]) -> bool:
+    steps = group.get("accumulation_steps", 1)
+    return steps > 1 and group.get("micro_steps", 0) + 1 >= steps
+
+
+def _part_of(group: Mapping[str, Any], adds: bool) -> _Part:
+    steps = group.get("accumulation_steps", 1)
+    if steps == 1:
+        return _Part()
+    return _Part(adds, not adds, group.get("windows", 0) + 1, steps)
+
+
+def _native_rule(group: Mapping[str, Any], part: _Part) -> Any:
+    """Return the group's options as the native step takes them."""
+    kinds = _native.C.RuleKind  # type: ignore[union-attr]
+    betas = group["betas"]
+    sign = group["algorithm"] != "adamw"
+    if not sign:
+        kind = kinds.ADAMW if betas[0] > 0 else kinds.ADAMW_WITHOUT_MOMENT1
+    elif group["direction"] == "sign" and not part.window:
+        kind = kinds.SIGN_MOMENTUM
+    else:
+        kind = kinds.MOMENTUM
+    return _native.C.Rule(  # type: ignore[union-attr]
+        kind,
+        betas[0],
+        betas[-1],
+        0.0 if sign else group["eps"],
+        group["weight_decay"],
+        group["maximize"],
+        group["rows"],
+        group["nonfinite"],
+        group["shrink_ratio"],
+        group.get("shrink_to", 0.0),
+        group["scale"] if sign else None,
+        group["rms_floor"] if sign else 0.0,
+        group["direction"] if sign else "sign",
+        _direction_scale(group) if sign else 1.0,
+        part.window,
+        part.micro_steps,
+        part.adds,
+    )
 
 
 def _is_capturing() -> bool:

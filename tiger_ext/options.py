@@ -72,8 +72,11 @@ ALGORITHMS: dict[str, Algorithm] = {
     ),
 }
 
-# Keys of a parameter group that are no hyperparameters: torch's own, what LR schedulers write, and
-# the target of nonfinite="shrink".
+# What kappa is when `direction_scale` is None.
+DIRECTION_SCALES = {"sign": 1.0, "clip": 1e4, "power": 0.5, "atan": 1e4}
+
+# Keys of a parameter group that are no hyperparameters: torch's own, what LR schedulers write, the
+# target of nonfinite="shrink", and the clock of accumulation windows.
 _OTHER_KEYS = frozenset(
     {
         "params",
@@ -86,6 +89,8 @@ _OTHER_KEYS = frozenset(
         "min_lr",
         "max_momentum",
         "base_momentum",
+        "windows",
+        "micro_steps",
     }
 )
 
@@ -115,6 +120,10 @@ def _beta(value: Any) -> bool:
     return _number(value) and 0.0 <= value < 1.0
 
 
+def _one_of(*values: str | None) -> Callable[[Any], bool]:
+    return lambda v: (v is None or isinstance(v, str)) and v in values
+
+
 # name -> (is it legal?, what is legal)
 _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "lr": (_learning_rate, "a finite number >= 0 or a 0-dim tensor holding one"),
@@ -130,29 +139,36 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "maximize": (_flag, "True or False"),
     "capturable": (_flag, "True or False"),
     "fused": (lambda v: v is None or _flag(v), "None, True or False"),
+    "rows": (_one_of(None, "nonzero", "tracked"), "None, 'nonzero' or 'tracked'"),
+    "scale": (_one_of(None, "rms", "rms_rows"), "None, 'rms' or 'rms_rows'"),
+    "direction": (
+        _one_of("sign", "clip", "power", "atan"),
+        "one of 'sign', 'clip', 'power', 'atan'",
+    ),
+    "nonfinite": (
+        _one_of("propagate", "skip", "shrink", "raise"),
+        "one of 'propagate', 'skip', 'shrink', 'raise'",
+    ),
+    "accumulation_steps": (
+        lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 1,
+        "an integer >= 1",
+    ),
     "direction_scale": (
         lambda v: v is None or (_number(v) and 0.0 < v < math.inf),
         "None or a finite number > 0",
     ),
 }
 
-# Options whose other values come with later versions: the only value that works now, and all that
-# will.
+# Options whose other values come with later versions: the only value that works now, or None where
+# _CHECKS has the legal ones, and what will come.
 _NOT_YET: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "lazy": ("frozen", ("decay", "exact")),
-    "rows": (None, ("nonzero", "tracked")),
-    "scale": (None, ("rms", "rms_rows")),
-    "direction": ("sign", ("clip", "power", "atan")),
-    "nonfinite": ("propagate", ("skip", "shrink", "raise")),
-    "accumulation_steps": (1, ()),
     "stochastic_rounding": (False, (True,)),
     "momentum_dtype": (None, (torch.int8,)),
 }
 
 
 def _is_planned(name: str, value: Any) -> bool:
-    if name == "accumulation_steps":
-        return isinstance(value, int) and not isinstance(value, bool) and value > 1
     return any(type(value) is type(later) and value == later for later in _NOT_YET[name][1])
 
 

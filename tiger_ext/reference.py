@@ -10,6 +10,8 @@ Arithmetic is float32, or float64 for float64 parameters, whatever the tensors s
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -24,25 +26,75 @@ def sign(x: Tensor) -> Tensor:
     return torch.where(x.isnan(), x, torch.sign(x))
 
 
+def direction(c: Tensor, kind: str, kappa: float) -> Tensor:
+    """Return the direction of each element of ``c``; NaN stays NaN."""
+    if kind == "clip":
+        return (kappa * c).clamp(-1, 1)
+    if kind == "power":
+        return sign(c) * c.abs() ** kappa
+    if kind == "atan":
+        return (2 / math.pi) * torch.atan(kappa * c)
+    return sign(c)
+
+
+def rms(x: Tensor) -> Tensor:
+    """Return the root mean square over all but the first dimension, which keep length 1."""
+    squares = per_unit(x.double().square())
+    return squares.mean(1).sqrt().to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
+
+
+def per_unit(x: Tensor) -> Tensor:
+    """Return ``x`` as a matrix, one line per index of the first dimension."""
+    return x.unsqueeze(-1).flatten(1)
+
+
+def relative_rate(param: Tensor, d: Tensor, *, floor: float, pure_sign: bool) -> Tensor:
+    """Return the factor of the learning rate for ``scale="rms"``, one per unit.
+
+    ``max(RMS(param), floor) / RMS(d)``, where RMS(d) counts as 1 for a pure sign direction and for
+    a direction that is zero everywhere. A unit is an index of the first dimension.
+    """
+    size = rms(param).clamp(min=floor)
+    if pure_sign:
+        return size
+    norm = rms(d)
+    return size / torch.where(norm == 0, 1.0, norm)
+
+
 def sign_momentum(
     param: Tensor,
     grad: Tensor,
     exp_avg: Tensor,
     *,
     lr: float | Tensor,
-    beta1: float,
-    beta2: float,
+    beta1: float | Tensor,
+    beta2: float | Tensor,
+    weight1: float,
+    weight2: float,
     weight_decay: float,
+    kind: str = "sign",
+    kappa: float = 1.0,
+    rms_floor: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the new (param, exp_avg) of Lion; with ``beta1 == beta2``, of Tiger.
 
-    Lion: Chen et al. 2023, arXiv 2302.06675. Tiger: Su 2023, kexue.fm/archives/9512.
-    All tensors have one shape and the arithmetic dtype.
+    Lion: Chen et al. 2023, arXiv 2302.06675. Tiger: Su 2023, kexue.fm/archives/9512. All tensors
+    have one shape ``[units, ...]`` and the arithmetic dtype. ``weight1`` and ``weight2`` are what
+    the gradient counts beside ``beta1`` and ``beta2``: ``1 - beta``, or less in a micro-step. With
+    a ``rms_floor`` the learning rate is relative, per unit.
     """
-    c = beta1 * exp_avg + (1 - beta1) * grad
-    param = (1 - lr * weight_decay) * param - lr * sign(c)
-    exp_avg = beta2 * exp_avg + (1 - beta2) * grad
+    c = beta1 * exp_avg + weight1 * grad
+    d = direction(c, kind, kappa)
+    if rms_floor is not None:
+        lr = lr * relative_rate(param, d, floor=rms_floor, pure_sign=kind == "sign")
+    param = (1 - lr * weight_decay) * param - lr * d
+    exp_avg = beta2 * exp_avg + weight2 * grad
     return param, exp_avg
+
+
+def shrink(param: Tensor, *, ratio: float, to: float) -> Tensor:
+    """Return the parameter of ``nonfinite="shrink"``: a step towards ``to``."""
+    return to + ratio * (param - to)
 
 
 def adamw(

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ids that embeddings look up in their forward passes, for ``rows="tracked"``."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["TrackingHandle"]
+
+
+class UsedRows:
+    """Which rows of one parameter its tracked modules have read since the last step."""
+
+    def __init__(self, rows: int) -> None:
+        """Start with none of ``rows`` rows used."""
+        self.rows = rows
+        self.modules = 0
+        self._ids: list[Tensor] = []
+
+    def record(self, ids: Tensor) -> None:
+        """Add ids of any shape and integer dtype; duplicates are fine."""
+        # A copy: the caller may fill its batch anew before the step.
+        self._ids.append(ids.detach().reshape(-1).to(torch.int64, copy=True))
+
+    def mask(self, device: torch.device) -> Tensor:
+        """Return a uint8 mask ``[rows]``, 1 where a row was used."""
+        # One more at each end takes the ids that are no row: their forward pass has failed.
+        mask = torch.zeros(self.rows + 2, dtype=torch.uint8, device=device)
+        for ids in self._ids:
+            mask.index_fill_(0, ids.to(device).clamp(-1, self.rows) + 1, 1)
+        return mask[1 : self.rows + 1]
+
+    def clear(self) -> None:
+        """Forget what was recorded."""
+        self._ids.clear()
+
+
+class _Hook:
+    """A forward pre-hook. Copies of it, in a copied or pickled model, do nothing."""
+
+    def __init__(self, used: UsedRows | None) -> None:
+        self._used = None if used is None else weakref.ref(used)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        used = self._used and self._used()
+        if not used or not module.training or not torch.is_grad_enabled():
+            return
+        ids = args[0] if args else next(iter(kwargs.values()), None)
+        if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex():
+            raise TypeError(
+                f"{type(module).__name__} is tracked and must be called with a tensor of ids "
+                f"first, got {ids.dtype if isinstance(ids, Tensor) else type(ids).__name__}"
+            )
+        if ids.device.type != "meta":
+            used.record(ids)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
+        return _Hook(None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Hook, (None,)
+
+
+class TrackingHandle:
+    """What ``optimizer.track`` returns; ``remove()`` ends the tracking. Also a context manager."""
+
+    def __init__(self, module: nn.Module, used: UsedRows) -> None:
+        """Register the hook."""
+        self._used: UsedRows | None = used
+        used.modules += 1
+        self._hook = module.register_forward_pre_hook(_Hook(used), with_kwargs=True)
+
+    def remove(self) -> None:
+        """Stop tracking. May be called twice."""
+        if self._used is not None:
+            self._hook.remove()
+            self._used.modules -= 1
+            self._used = None
+
+    def __enter__(self) -> TrackingHandle:
+        """Return the handle."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """End the tracking."""
+        self.remove()

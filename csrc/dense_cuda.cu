@@ -19,9 +19,10 @@ template <typename Rule>
 constexpr int kStreams = 2 + Rule::kStates;
 
 // One tensor. Its streams: parameter, gradient, states.
-template <typename Rule>
+template <typename T, typename Rule>
 struct DenseWork {
   RuleSlot<Rule> rule;
+  Shrink<T> shrink;  // if that is the verdict
   void* data[kStreams<Rule>];
   int64_t numel;
   Storage storage[kStreams<Rule>];
@@ -34,7 +35,7 @@ struct DenseWork {
 // Vectors of kWidth elements. With a fixed Access all streams are aligned.
 template <typename T, typename Rule, typename Access, int kWidth>
 struct DenseUpdate {
-  using Item = DenseWork<Rule>;
+  using Item = DenseWork<T, Rule>;
   static constexpr bool kAligned = !std::is_same_v<Access, Any>;
   static constexpr int kSharedBytes = 0, kMinBlocks = kAligned && kWidth == 4 ? 4 : 2;
   // Vectors of each stream that a thread loads before it computes.
@@ -50,6 +51,9 @@ struct DenseUpdate {
 
   __device__ void operator()(const Item& item, uint32_t chunk) const {
     if (step_cancelled(found_inf)) return;
+    const Verdict verdict = item.rule.verdict();
+    if (verdict == Verdict::kSkip) return;
+    if (verdict == Verdict::kShrink) return shrink(item, chunk);
     const Rule rule = item.rule.get();
     const int64_t begin = item.head + static_cast<int64_t>(chunk) * kChunk;
     const int count = static_cast<int>(item.numel - begin < kChunk ? item.numel - begin : kChunk);
@@ -63,7 +67,7 @@ struct DenseUpdate {
         const int v = first + u * kThreads;
         if (v >= vectors) break;
         const int64_t i = begin + v * kWidth;
-        load(item, 1, i, grad[u]);
+        load_grad(item, i, kAligned || item.aligned[1], grad[u]);
         load(item, 0, i, param[u]);
 #pragma unroll
         for (int k = 0; k < Rule::kStates; ++k) load(item, 2 + k, i, states[u][k]);
@@ -74,7 +78,7 @@ struct DenseUpdate {
         if (v >= vectors) break;
         const int64_t i = begin + v * kWidth;
         apply_rule(rule, grad[u], param[u], states[u]);
-        store(item, 0, i, param[u]);
+        if (moves_param(rule)) store(item, 0, i, param[u]);
 #pragma unroll
         for (int k = 0; k < Rule::kStates; ++k) store(item, 2 + k, i, states[u][k]);
       }
@@ -94,22 +98,48 @@ struct DenseUpdate {
 
   __device__ static void one(const Rule& rule, const Item& item, int64_t i) {
     T grad[1], param[1], states[Rule::kStates][1];
-    load_vector<Access>(item.stream(1), i, true, grad);
+    load_grad(item, i, true, grad);
     load_vector<Access>(item.stream(0), i, true, param);
 #pragma unroll
     for (int k = 0; k < Rule::kStates; ++k)
       load_vector<Access>(item.stream(2 + k), i, true, states[k]);
     apply_rule(rule, grad, param, states);
-    store_vector<Access>(item.stream(0), i, true, param);
+    if (moves_param(rule)) store_vector<Access>(item.stream(0), i, true, param);
 #pragma unroll
     for (int k = 0; k < Rule::kStates; ++k)
       store_vector<Access>(item.stream(2 + k), i, true, states[k]);
   }
+
+  // Without a gradient, which only a window's closing step has, it is zero.
+  template <int kCount>
+  __device__ static void load_grad(const Item& item, int64_t i, bool aligned, T (&out)[kCount]) {
+    if constexpr (Rule::kKind == RuleKind::kMomentum) {
+      if (!item.data[1]) {
+#pragma unroll
+        for (int w = 0; w < kCount; ++w) out[w] = T(0);
+        return;
+      }
+    }
+    load_vector<Access>(item.stream(1), i, aligned, out);
+  }
+
+  // Rare: no need to be fast.
+  __device__ static void shrink(const Item& item, uint32_t chunk) {
+    const int64_t begin = chunk == 0 ? 0 : item.head + static_cast<int64_t>(chunk) * kChunk;
+    const int64_t last = item.head + static_cast<int64_t>(chunk + 1) * kChunk;
+    const int64_t end = last < item.numel ? last : item.numel;
+    for (int64_t i = begin + static_cast<int64_t>(threadIdx.x); i < end; i += kThreads) {
+      T param[1];
+      load_vector<Access>(item.stream(0), i, true, param);
+      item.shrink(T(0), param[0]);
+      store_vector<Access>(item.stream(0), i, true, param);
+    }
+  }
 };
 
 // Chooses the head so that as many streams as possible are aligned after it; returns how many.
-template <typename Rule>
-int align(DenseWork<Rule>& work, int width) {
+template <typename T, typename Rule>
+int align(DenseWork<T, Rule>& work, int width) {
   int best = -1;
   for (int head = 0; head < width && best < kStreams<Rule>; ++head) {
     bool aligned[kStreams<Rule>];
@@ -135,8 +165,9 @@ template <typename T, typename Rule>
 class Works {
  public:
   void add(const DenseItem& item, const void* resolved) {
-    DenseWork<Rule> work{};
-    work.rule = {Rule(*item.rule.params), static_cast<const Rule*>(resolved)};
+    DenseWork<T, Rule> work{};
+    work.rule = {*item.rule.params, resolved};
+    work.shrink = Shrink<T>(*item.rule.params);
     const Stream* streams[] = {&item.param, &item.grad, &item.states[0], &item.states[1]};
     bool uniform = true;
     for (int k = 0; k < kStreams<Rule>; ++k) {
@@ -146,7 +177,7 @@ class Works {
     }
     work.numel = item.numel;
     const int uniform_width = kVectorBytes / static_cast<int>(storage_size(item.param.storage));
-    if (uniform && align(work, uniform_width) == kStreams<Rule>) {
+    if (kSpecialised && uniform && align(work, uniform_width) == kStreams<Rule>) {
       uniform_[static_cast<int>(item.param.storage)].push_back(work);
     } else {
       align(work, kAnyWidth);
@@ -155,7 +186,8 @@ class Works {
   }
 
   void launch(const DeviceContext& context) const {
-    if constexpr (sizeof(T) == 8) {
+    if constexpr (!kSpecialised) {
+    } else if constexpr (sizeof(T) == 8) {
       launch_uniform<Storage::kFloat64>(context);
     } else {
       launch_uniform<Storage::kFloat32>(context);
@@ -168,6 +200,8 @@ class Works {
 
  private:
   static constexpr int kAnyWidth = kVectorBytes / sizeof(T);
+  // One kernel for all storage types is enough for the rarer rule.
+  static constexpr bool kSpecialised = Rule::kKind != RuleKind::kMomentum;
 
   template <Storage kStorage>
   void launch_uniform(const DeviceContext& context) const {
@@ -177,8 +211,8 @@ class Works {
                        context.stream);
   }
 
-  std::vector<DenseWork<Rule>> uniform_[4];  // by storage
-  std::vector<DenseWork<Rule>> any_;
+  std::vector<DenseWork<T, Rule>> uniform_[4];  // by storage
+  std::vector<DenseWork<T, Rule>> any_;
 };
 
 }  // namespace
@@ -189,14 +223,17 @@ void DenseRoadCuda::prepare(const std::vector<DenseItem>& items, const DeviceCon
 }
 
 void DenseRoadCuda::run(const RulesOnDevice& rules) const {
-  for_each_rule([&]<typename T, typename Rule>() {
+  const auto update = [&]<typename T, typename Rule>() {
     Works<T, Rule> works;
     for (size_t i = 0; i < items_->size(); ++i) {
       const DenseItem& item = (*items_)[i];
       if (is_updated_by<T, Rule>(item.rule, item.param)) works.add(item, rules.dense(i));
     }
     works.launch(*context_);
-  });
+  };
+  for_each_rule(update);
+  update.template operator()<float, Momentum<float>>();
+  update.template operator()<double, Momentum<double>>();
 }
 
 }  // namespace tiger_ext

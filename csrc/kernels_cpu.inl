@@ -97,12 +97,6 @@ TIGER_EXT_INLINE void apply(const Rule& rule, const T* __restrict grad, T* __res
   }
 }
 
-template <typename Rule>
-TIGER_EXT_INLINE bool writes_param(const Rule& rule) {
-  if constexpr (Rule::kKind == RuleKind::kMomentum) return rule.moves;
-  else return true;
-}
-
 template <typename T>
 bool is_native(const Stream& s) {
   return s.storage == native_storage<T>();
@@ -123,11 +117,11 @@ void apply_converted(const Rule& rule, const T* grad, const Stream& param, int64
   alignas(kCacheLine) T p[kBlock];
   alignas(kCacheLine) T s[kMaxStates][kBlock];
   T* pointers[kMaxStates] = {s[0], s[1]};
-  if (writes_param(rule)) load(param, param_offset, param_index, n, p);
+  if (moves_param(rule)) load(param, param_offset, param_index, n, p);
   for (int k = 0; k < Rule::kStates; ++k)
     load(states[k], state_offsets[k], state_indices[k], n, s[k]);
   apply(rule, grad, p, pointers, n);
-  if (writes_param(rule)) store(param, param_offset, param_index, n, p);
+  if (moves_param(rule)) store(param, param_offset, param_index, n, p);
   for (int k = 0; k < Rule::kStates; ++k)
     store(states[k], state_offsets[k], state_indices[k], n, s[k]);
 }

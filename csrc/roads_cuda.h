@@ -28,30 +28,41 @@ struct DeviceContext {
   std::function<void*(int64_t bytes)> allocate;
 };
 
-// The rules' constants, where the host cannot compute them.
+// The rules' constants, where the host cannot compute them; for dense items also the verdict on
+// their gradients and their relative learning rates.
 class RulesOnDevice {
  public:
   void prepare(const std::vector<DenseItem>& dense, const std::vector<RowsItem>& rows,
-               const std::vector<RuleUse>& idle, const DeviceContext& context);
+               const std::vector<RowsItem>& direct, const std::vector<RuleUse>& idle,
+               const DeviceContext& context);
   // Advances the counters and computes the constants, unless found_inf cancels the step.
   void run() const;
-  // The rule struct of item i in device memory, or null: the host's constants hold.
+  // The ResolvedRule of item i in device memory, or null: the host's constants hold.
   const void* dense(size_t i) const { return slot(dense_[i]); }
   const void* rows(size_t i) const { return slot(rows_[i]); }
+  const void* direct(size_t i) const { return slot(direct_[i]); }
 
  private:
   struct Job {
     RuleUse use;
     bool is_double;
+    bool alone;              // not shared by several items
+    const DenseItem* dense;  // or null
+    Facts* facts;            // of its chunks, or null
   };
-  int add(const RuleUse& use, bool is_double);
+  int add(const RuleUse& use, bool is_double, const DenseItem* dense);
   const void* slot(int job) const;
 
   const DeviceContext* context_ = nullptr;
   std::vector<Job> jobs_;
-  std::vector<int> dense_, rows_;  // the job of each item, or -1
+  std::vector<int> dense_, rows_, direct_;  // the job of each item, or -1
   char* memory_ = nullptr;
 };
+
+// For nonfinite="raise": lowers *bad to the index of the first item whose gradient has a NaN or
+// Inf.
+void find_nonfinite(const std::vector<DenseItem>& items, int32_t* bad,
+                    const DeviceContext& context);
 
 // Updates every element of parameters with strided gradients.
 class DenseRoadCuda {
@@ -86,6 +97,8 @@ class RowsRoadCuda {
   void prepare(const std::vector<RowsItem>& items, const SortedEntriesCuda& sorted,
                const DeviceContext& context);
   void run(const RulesOnDevice& rules) const;
+  // As above; item i counts as index first + i.
+  void find_nonfinite(int32_t* bad, int32_t first) const;
 
  private:
   const std::vector<RowsItem>* items_ = nullptr;
@@ -93,5 +106,23 @@ class RowsRoadCuda {
   SortedEntriesCuda sorted_;
   std::vector<void*> sums_;  // of each item: the sums of its long runs' pieces, or null
 };
+
+// Rows that are looked at before they are updated, or that belong to an accumulation window: the
+// rows of sorted entries, and those of direct items. `sums` and `sorted` are of the former.
+struct CarefulRows {
+  const RowsItem* item;
+  const void* sums;
+  const void* resolved;
+  int32_t place;
+};
+void update_careful_rows(const std::vector<CarefulRows>& rows, const SortedEntriesCuda& sorted,
+                         const DeviceContext& context);
+void find_nonfinite(const std::vector<CarefulRows>& rows, const SortedEntriesCuda& sorted,
+                    int32_t* bad, const DeviceContext& context);
+
+inline bool needs_care(const RowsItem& item) {
+  const RuleParams& rule = *item.rule.params;
+  return item.direct || rule.kind == RuleKind::kMomentum || rule.looks() || item.rule.window;
+}
 
 }  // namespace tiger_ext

@@ -11,58 +11,11 @@
 
 #include "multi_tensor.cuh"
 #include "roads_cuda.h"
+#include "row_tables.cuh"
 #include "rules_cuda.cuh"
-#include "vectors.cuh"
 
 namespace tiger_ext {
 namespace {
-
-constexpr int kColumnTile = 1024;  // columns of a block's work
-constexpr int64_t kTargetBlocks = 2048;
-constexpr int kTileElements = 32768;  // of a block, when there are more blocks than the target
-
-TIGER_EXT_INLINE uint32_t column_tiles(int dim) {
-  return static_cast<uint32_t>(dim + kColumnTile - 1) / kColumnTile;
-}
-TIGER_EXT_INLINE int column_end(int tile, int dim) {
-  return dim - tile * kColumnTile < kColumnTile ? dim : (tile + 1) * kColumnTile;
-}
-
-// ------------------------------------------------------------------------------- sorted entries
-
-// The sorted entries of one table, or from some entry on.
-struct Entries {
-  const uint64_t* keys;
-  int entry_bits;
-
-  __device__ uint64_t row(int64_t i) const { return keys[i] >> entry_bits; }
-  __device__ int64_t entry(int64_t i) const {
-    return static_cast<int64_t>(keys[i] & ((uint64_t{1} << entry_bits) - 1));
-  }
-  __device__ Entries from(int64_t i) const { return {keys + i, entry_bits}; }
-  // The first of [begin, end) whose row is at least `wanted`.
-  __device__ int64_t lower_bound(int64_t begin, int64_t end, uint64_t wanted) const {
-    while (begin < end) {
-      const int64_t middle = begin + (end - begin) / 2;
-      if (row(middle) < wanted) begin = middle + 1;
-      else end = middle;
-    }
-    return begin;
-  }
-};
-
-// What the two kernels of long runs and the update have in common: one table's entries.
-struct TableEntries {
-  Stream values;
-  int64_t value_stride;
-  int64_t entries;
-  int64_t first_entry;
-  uint64_t dropped_row;  // the row that does not exist
-  void* sums;            // [2 * slots, dim] in the arithmetic type, see below
-  int dim;
-
-  __device__ Entries sorted(const Entries& all) const { return all.from(first_entry); }
-};
 
 // ------------------------------------------------------------------------------------ long runs
 //
@@ -71,8 +24,6 @@ struct TableEntries {
 // of a later piece of a long run. So pieces need no list either: slot q keeps at 2q the sum of the
 // later piece that begins in it, and at 2q + 1 that of the first piece, to which all the later
 // ones, in neighbouring slots, are added in the end.
-
-TIGER_EXT_INLINE int64_t slots(int64_t entries) { return (entries + kPiece - 1) / kPiece; }
 
 // The long run, if any, that begins in slot q: its first entry, or -1.
 __device__ int64_t long_run_begin(const Entries& sorted, const TableEntries& t, int64_t q) {
@@ -225,47 +176,6 @@ struct CombinePieces {
 
 // --------------------------------------------------------------------------------------- update
 
-// Where row r lies: contiguous, at a fixed distance from the next.
-struct StridedRows {
-  int64_t row_stride;
-  __device__ int64_t offset(int64_t row, int64_t column) const { return row * row_stride + column; }
-};
-
-// Where element (row, column) lies in a table of any strides.
-struct AnyRows {
-  int64_t row_stride;
-  int8_t row_dims, inner_dims;  // 0: row * row_stride, + column
-  int64_t sizes[2][kMaxSeparateDims];
-  int64_t strides[2][kMaxSeparateDims];
-
-  __device__ int64_t offset(int64_t row, int64_t column) const {
-    return (row_dims == 0 ? row * row_stride : unravel(0, row_dims, row)) +
-           (inner_dims == 0 ? column : unravel(1, inner_dims, column));
-  }
-
- private:
-  __device__ int64_t unravel(int which, int dims, int64_t index) const {
-    int64_t result = 0;
-    for (int d = dims; d-- > 0;) {
-      result += index % sizes[which][d] * strides[which][d];
-      index /= sizes[which][d];
-    }
-    return result;
-  }
-};
-
-void set_layout(StridedRows& rows, const RowLayout& layout) { rows.row_stride = layout.row_stride; }
-
-void set_layout(AnyRows& rows, const RowLayout& layout) {
-  rows.row_stride = layout.row_stride;
-  rows.row_dims = static_cast<int8_t>(layout.dims);
-  rows.inner_dims = static_cast<int8_t>(layout.inner_dims);
-  std::copy(layout.sizes, layout.sizes + layout.dims, rows.sizes[0]);
-  std::copy(layout.strides, layout.strides + layout.dims, rows.strides[0]);
-  std::copy(layout.inner_sizes, layout.inner_sizes + layout.inner_dims, rows.sizes[1]);
-  std::copy(layout.inner_strides, layout.inner_strides + layout.inner_dims, rows.strides[1]);
-}
-
 // One table. Its streams: parameter, states.
 template <typename Rule, typename Rows>
 struct RowsWork {
@@ -276,12 +186,6 @@ struct RowsWork {
   uint64_t first_row;
   int tile;   // entries of a block, at most kThreads
   int lanes;  // of a row: a power of two, at most a warp
-};
-
-// The rows that begin in a block's tile of the entries.
-struct RowsOfTile {
-  int begins[kThreads + 1];  // from the start of the tile; one more: the last row's end
-  int in_warp[kThreads / kWarp];
 };
 
 template <typename T, typename Rule, typename Access, int kWidth, typename Rows>
@@ -307,7 +211,7 @@ struct RowsUpdate {
     const int column_tile = static_cast<int>(block % tiles);
     RowsOfTile& rows = shared_memory<RowsOfTile>();
     const Entries tile = t.sorted(all).from(begin);
-    const int count = find_rows(item, tile, begin, rows);
+    const int count = find_rows(item.table.entries, item.tile, tile, begin, rows);
 
     const int column =
         column_tile * kColumnTile + static_cast<int>(threadIdx.x) % item.lanes * kWidth;
@@ -324,32 +228,7 @@ struct RowsUpdate {
   }
 
  private:
-  // Lists the rows that begin in the tile; returns how many. The last one may go on after the tile:
-  // the block looks kPiece entries ahead, so its length is right up to kPiece and beyond that only
-  // known to be greater, which says that it is a long run.
-  __device__ static int find_rows(const Item& item, const Entries& sorted, int64_t begin,
-                                  RowsOfTile& rows) {
-    static_assert(kThreads == kPiece);
-    const int64_t left = item.table.entries - begin;
-    const int tile = static_cast<int>(left < item.tile ? left : item.tile);
-    const int thread = static_cast<int>(threadIdx.x);
-    bool begins = false;
-    if (thread < tile) begins = begin + thread == 0 || sorted.row(thread - 1) != sorted.row(thread);
-    const unsigned ballot = __ballot_sync(kFullWarp, begins);
-    if (thread % kWarp == 0) rows.in_warp[thread / kWarp] = __popc(ballot);
-    const bool goes_on = tile + thread < left && sorted.row(tile + thread) == sorted.row(tile - 1);
-    const int beyond = __syncthreads_count(goes_on);  // rows are sorted: the first so many
-
-    int before = __popc(ballot & ((1u << thread % kWarp) - 1)), count = 0;
-    for (int w = 0; w < kThreads / kWarp; ++w) {
-      if (w < thread / kWarp) before += rows.in_warp[w];
-      count += rows.in_warp[w];
-    }
-    if (begins) rows.begins[before] = thread;
-    if (thread == 0) rows.begins[count] = tile + beyond;
-    __syncthreads();
-    return count;
-  }
+  using Values = RunValues<T, Access, kWidth>;
 
   // Columns [c, c + kWidth) of the row whose entries are the first `length` of `run`.
   __device__ static void update(const Item& item, const Entries& run, int64_t first, int length,
@@ -362,10 +241,11 @@ struct RowsUpdate {
       load_packed(sum, true, grad);
       i = length;
     } else {
-      load_value(t, run, 0, c, grad);
-      for (; i + kInFlight <= length; i += kInFlight) add_values<kInFlight>(t, run, i, c, grad);
+      Values::load(t, run, 0, c, grad);
+      for (; i + kInFlight <= length; i += kInFlight)
+        Values::template add<kInFlight>(t, run, i, c, grad);
       for (; i + kInFlight / 2 <= length; i += kInFlight / 2)
-        add_values<kInFlight / 2>(t, run, i, c, grad);
+        Values::template add<kInFlight / 2>(t, run, i, c, grad);
     }
     // Only here, so that many entries can be in flight above; few entries are so together with
     // these.
@@ -373,63 +253,17 @@ struct RowsUpdate {
 #pragma unroll
     for (int k = 0; k < Rule::kStates; ++k)
       load_vector<Access>(item.streams[1 + k], item.rows[1 + k].offset(row, c), true, states[k]);
-    for (; i + 2 <= length; i += 2) add_values<2>(t, run, i, c, grad);
-    if (i < length) add_values<1>(t, run, i, c, grad);
+    for (; i + 2 <= length; i += 2) Values::template add<2>(t, run, i, c, grad);
+    if (i < length) Values::template add<1>(t, run, i, c, grad);
     apply_rule(item.rule.get(), grad, param, states);
     store_vector<Access>(item.streams[0], item.rows[0].offset(row, c), true, param);
 #pragma unroll
     for (int k = 0; k < Rule::kStates; ++k)
       store_vector<Access>(item.streams[1 + k], item.rows[1 + k].offset(row, c), true, states[k]);
   }
-
-  __device__ static void load_value(const TableEntries& t, const Entries& run, int i, int c,
-                                    T (&out)[kWidth]) {
-    load_vector<Access>(t.values, run.entry(i) * t.value_stride + c, true, out);
-  }
-
-  // Entries [i, i + kCount) of the run, in order.
-  template <int kCount>
-  __device__ static void add_values(const TableEntries& t, const Entries& run, int i, int c,
-                                    T (&sum)[kWidth]) {
-    T x[kCount][kWidth];
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) load_value(t, run, i + k, c, x[k]);
-#pragma unroll
-    for (int k = 0; k < kCount; ++k)
-#pragma unroll
-      for (int w = 0; w < kWidth; ++w) sum[w] += x[k][w];
-  }
 };
 
 // ----------------------------------------------------------------------------------------- host
-
-bool is_strided(const RowLayout& layout) { return layout.dims == 0 && layout.inner_dims == 0; }
-
-// Whether the rows of a stream can be read in vectors of `width` elements.
-bool is_aligned(const Stream& s, int64_t row_stride, int64_t dim, int width) {
-  return dim % width == 0 && row_stride % width == 0 &&
-         reinterpret_cast<uintptr_t>(s.data) % (storage_size(s.storage) * width) == 0;
-}
-
-// Entries of a block: enough blocks to fill the device, then up to kTileElements each.
-int tile_entries(int64_t entries, int dim, int lanes) {
-  const int64_t columns = std::min(dim, kColumnTile), tiles = column_tiles(dim);
-  int tile = kThreads / lanes;
-  while (tile < kThreads && 2 * tile * columns <= kTileElements &&
-         entries * tiles > kTargetBlocks * tile)
-    tile *= 2;
-  return tile;
-}
-
-TableEntries table_entries(const RowsItem& item, void* sums) {
-  return {item.values,
-          item.value_stride,
-          item.entries,
-          item.first_entry,
-          static_cast<uint64_t>(item.first_row + item.rows),
-          sums,
-          static_cast<int>(item.dim)};
-}
 
 // The works of one rule and arithmetic type, by the kernel that fits.
 template <typename T, typename Rule>
@@ -469,7 +303,7 @@ class Works {
   static RowsWork<Rule, Rows> work(const RowsItem& item, void* sums, const void* resolved,
                                    int width) {
     RowsWork<Rule, Rows> w{};
-    w.rule = {Rule(*item.rule.params), static_cast<const Rule*>(resolved)};
+    w.rule = {*item.rule.params, resolved};
     w.table = table_entries(item, sums);
     w.streams[0] = item.param;
     set_layout(w.rows[0], item.param_layout);
@@ -520,7 +354,7 @@ void RowsRoadCuda::prepare(const std::vector<RowsItem>& items, const SortedEntri
   sorted_ = sorted;
   for (const RowsItem& item : items) {
     const int64_t size = item.param.storage == Storage::kFloat64 ? 8 : 4;
-    sums_.push_back(item.entries > kPiece && item.dim > 0
+    sums_.push_back(item.entries > kPiece && item.dim > 0 && item.values.data
                         ? context.allocate(2 * slots(item.entries) * item.dim * size)
                         : nullptr);
   }
@@ -534,11 +368,28 @@ void RowsRoadCuda::run(const RulesOnDevice& rules) const {
     Works<T, Rule> works;
     for (size_t i = 0; i < items_->size(); ++i) {
       const RowsItem& item = (*items_)[i];
-      if (item.dim > 0 && is_updated_by<T, Rule>(item.rule, item.param))
+      if (item.dim > 0 && is_updated_by<T, Rule>(item.rule, item.param) && !needs_care(item))
         works.add(item, sums_[i], rules.rows(i));
     }
     works.launch(sorted_, *context_);
   });
+  std::vector<CarefulRows> careful;
+  for (size_t i = 0; i < items_->size(); ++i)
+    if (needs_care((*items_)[i])) careful.push_back({&(*items_)[i], sums_[i], rules.rows(i), 0});
+  update_careful_rows(careful, sorted_, *context_);
+}
+
+void RowsRoadCuda::find_nonfinite(int32_t* bad, int32_t first) const {
+  if (!items_) return;
+  sum_long_runs<float>(*items_, sums_, sorted_, context_->stream);
+  sum_long_runs<double>(*items_, sums_, sorted_, context_->stream);
+  std::vector<CarefulRows> rows;
+  for (size_t i = 0; i < items_->size(); ++i) {
+    const RowsItem& item = (*items_)[i];
+    if (item.rule.params->nonfinite == Nonfinite::kRaise && item.values.data)
+      rows.push_back({&item, sums_[i], nullptr, first + static_cast<int32_t>(i)});
+  }
+  tiger_ext::find_nonfinite(rows, sorted_, bad, *context_);
 }
 
 }  // namespace tiger_ext

@@ -11,12 +11,24 @@
 
 namespace tiger_ext {
 
+// What a kernel finds in device memory.
+template <typename Rule>
+struct ResolvedRule {
+  Rule rule;
+  Verdict verdict;  // of a dense item
+};
+
 template <typename Rule>
 struct RuleSlot {
-  Rule rule;             // if `resolved` is null
-  const Rule* resolved;  // in device memory
+  Rule rule;  // if `resolved` is null
+  const ResolvedRule<Rule>* resolved;
 
-  __device__ Rule get() const { return resolved ? *resolved : rule; }
+  RuleSlot() = default;
+  RuleSlot(const RuleParams& params, const void* resolved)
+      : rule(params), resolved(static_cast<const ResolvedRule<Rule>*>(resolved)) {}
+
+  __device__ Rule get() const { return resolved ? resolved->rule : rule; }
+  __device__ Verdict verdict() const { return resolved ? resolved->verdict : Verdict::kUpdate; }
 };
 
 // Whether AMP found an Inf or NaN and the step must not happen.
@@ -24,7 +36,8 @@ __device__ __forceinline__ bool step_cancelled(const float* found_inf) {
   return found_inf != nullptr && *found_inf != 0.0f;
 }
 
-// Every pair of arithmetic type and rule: calls f.template operator()<T, Rule>().
+// Every pair of arithmetic type and rule, but for Momentum's: calls f.template operator()<T,
+// Rule>().
 template <typename F>
 void for_each_rule(F&& f) {
   f.template operator()<float, SignMomentum<float>>();

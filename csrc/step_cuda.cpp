@@ -10,6 +10,8 @@
 
 #include <map>
 #include <memory>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "checks.h"
@@ -37,7 +39,8 @@ class OneDevice {
   c10::Device device() const { return device_; }
 
   void add(const Update& u) {
-    if (!u.grad.defined()) check_rows(u);
+    if (u.indices.defined() || goes_by_rows(u)) check_rows(u);
+    raises_ = raises_ || (u.rule.nonfinite == Nonfinite::kRaise && u.rule.adds);
     if (u.lr.defined() && !u.lr.is_same(lr_source_)) {
       lr_source_ = u.lr;
       lr_ = pointer<double>(u.lr, at::kDouble);
@@ -47,24 +50,63 @@ class OneDevice {
   }
 
   void prepare(Faults& faults) {
-    rules_.prepare(builder_.dense(), builder_.rows(), builder_.idle(), context_);
+    rules_.prepare(builder_.dense(), builder_.rows(), builder_.direct(), builder_.idle(), context_);
     dense_road_.prepare(builder_.dense(), context_);
-    if (builder_.rows().empty()) return;
-    if (!faults.memory) faults.memory = make_fault_memory();
-    context_.faults = faults.memory.get();
-    const SortedEntriesCuda sorted =
-        plan_rows_cuda(builder_.rows(), builder_.indices(), builder_.row_places(), context_);
-    rows_road_.prepare(builder_.rows(), sorted, context_);
+    if (!builder_.rows().empty()) {
+      if (!faults.memory) faults.memory = make_fault_memory();
+      context_.faults = faults.memory.get();
+      const SortedEntriesCuda sorted =
+          plan_rows_cuda(builder_.rows(), builder_.indices(), builder_.row_places(), context_);
+      rows_road_.prepare(builder_.rows(), sorted, context_);
+    }
+    if (raises_) check_finite();
   }
 
   void apply() {
+    builder_.start();
     rules_.run();
     dense_road_.run(rules_);
+    std::vector<CarefulRows> direct;
+    for (size_t i = 0; i < builder_.direct().size(); ++i)
+      direct.push_back({&builder_.direct()[i], nullptr, rules_.direct(i), 0});
+    update_careful_rows(direct, {}, context_);
     rows_road_.run(rules_);
     builder_.finish();
   }
 
  private:
+  // For nonfinite="raise", the one option for which the host waits.
+  void check_finite() {
+    int32_t* const bad = static_cast<int32_t*>(context_.allocate(sizeof(int32_t)));
+    check_cuda(cudaMemsetAsync(bad, 0x7F, sizeof *bad, context_.stream), "setting memory");
+    find_nonfinite(builder_.dense(), bad, context_);
+    std::vector<UpdatePlace> places = builder_.dense_places();
+    std::vector<CarefulRows> direct;
+    for (size_t i = 0; i < builder_.direct().size(); ++i) {
+      const RowsItem& item = builder_.direct()[i];
+      if (item.rule.params->nonfinite == Nonfinite::kRaise && item.values.data)
+        direct.push_back({&item, nullptr, nullptr, static_cast<int32_t>(places.size() + i)});
+    }
+    find_nonfinite(direct, {}, bad, context_);
+    const auto append = [&](const std::vector<UpdatePlace>& more) {
+      places.insert(places.end(), more.begin(), more.end());
+    };
+    append(builder_.direct_places());
+    rows_road_.find_nonfinite(bad, static_cast<int32_t>(places.size()));
+    append(builder_.row_places());
+    int32_t found = 0;
+    check_cuda(cudaMemcpyAsync(&found, bad, sizeof found, cudaMemcpyDeviceToHost, context_.stream),
+               "copying to the host");
+    check_cuda(cudaStreamSynchronize(context_.stream), "waiting for the device");
+    if (static_cast<size_t>(found) < places.size()) throw nonfinite_gradient(places[found]);
+  }
+
+  static void check_cuda(cudaError_t status, const char* what) {
+    if (status != cudaSuccess)
+      throw std::runtime_error(std::string("tiger_ext: ") + what + ": " +
+                               cudaGetErrorString(status));
+  }
+
   // A small tensor in this device's memory, copied there if it must be, without waiting.
   template <typename T>
   T* pointer(const at::Tensor& t, at::ScalarType type) {
@@ -74,15 +116,18 @@ class OneDevice {
   }
 
   static void check_rows(const Update& u) {
-    const int64_t sparse_dim = u.indices.size(0);
+    const int64_t sparse_dim = u.indices.defined()                        ? u.indices.size(0)
+                               : u.window.defined() && u.window.dim() > 0 ? u.window.dim()
+                                                                          : 1;
     const int64_t limit = kMaxSeparateDims;
     if (sparse_dim > limit || (u.param.dim() - sparse_dim > limit && !u.param.is_contiguous()))
       refuse(u, "the CUDA kernels take up to ", limit, " sparse and, unless the parameter is ",
              "contiguous, ", limit, " dense dimensions, got ", sparse_dim, " and ",
              u.param.dim() - sparse_dim);
-    if (u.values.size(0) > 0 && u.values.numel() / u.values.size(0) > INT32_MAX)
-      refuse(u, "the CUDA kernels take rows of up to ", INT32_MAX, " elements, got ",
-             u.values.numel() / u.values.size(0));
+    int64_t dim = 1;
+    for (int64_t d = sparse_dim; d < u.param.dim(); ++d) dim *= u.param.size(d);
+    if (dim > INT32_MAX)
+      refuse(u, "the CUDA kernels take rows of up to ", INT32_MAX, " elements, got ", dim);
   }
 
   c10::Device device_;
@@ -90,6 +135,7 @@ class OneDevice {
   ItemBuilder builder_;
   at::Tensor lr_source_;
   const double* lr_ = nullptr;
+  bool raises_ = false;
   RulesOnDevice rules_;
   DenseRoadCuda dense_road_;
   RowsRoadCuda rows_road_;
@@ -100,10 +146,7 @@ class CudaStep final : public DeviceStep {
  public:
   explicit CudaStep(const StepContext& context) : context_(context) {}
 
-  bool supports(const RuleParams& rule) const override {
-    return rule.kind != RuleKind::kMomentum && !rule.looks() &&
-           rule.nonfinite != Nonfinite::kRaise && rule.touched == Touched::kAll;
-  }
+  bool supports(const RuleParams&) const override { return true; }
 
   void add(Update& u) override {
     check_update(u);

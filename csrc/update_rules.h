@@ -181,6 +181,13 @@ struct Momentum {
   }
 };
 
+// Whether a rule changes the parameter.
+template <typename Rule>
+TIGER_EXT_INLINE bool moves_param(const Rule& rule) {
+  if constexpr (Rule::kKind == RuleKind::kMomentum) return rule.moves;
+  else return true;
+}
+
 // The plain form: sign, no window.
 template <typename T>
 struct SignMomentum : Momentum<T> {

@@ -124,10 +124,20 @@ __device__ __forceinline__ void store_vector(const Stream& s, int64_t offset, bo
 template <typename Rule, typename T, int kWidth>
 __device__ __forceinline__ void apply_rule(const Rule& rule, const T (&grad)[kWidth],
                                            T (&param)[kWidth], T (&states)[Rule::kStates][kWidth]) {
+  if constexpr (Rule::kKind == RuleKind::kMomentum) {
+    rule.with_direction([&]<Direction kDirection>() {
 #pragma unroll
-  for (int w = 0; w < kWidth; ++w) {
-    if constexpr (Rule::kStates == 1) rule(grad[w], param[w], states[0][w]);
-    else rule(grad[w], param[w], states[0][w], states[1][w]);
+      for (int w = 0; w < kWidth; ++w) {
+        if (rule.moves) rule.template update<kDirection, true>(grad[w], param[w], states[0][w]);
+        else rule.template update<kDirection, false>(grad[w], param[w], states[0][w]);
+      }
+    });
+  } else {
+#pragma unroll
+    for (int w = 0; w < kWidth; ++w) {
+      if constexpr (Rule::kStates == 1) rule(grad[w], param[w], states[0][w]);
+      else rule(grad[w], param[w], states[0][w], states[1][w]);
+    }
   }
 }
 

@@ -435,13 +435,15 @@ class MixedOptimizer(torch.optim.Optimizer):
             raise TypeError(
                 f"{type(module).__name__} has no tensor `weight`: pass the table as `parameter`"
             )
-        if not any(p is table for group in self.param_groups for p in group["params"]):
-            raise ValueError(
-                f"the {list(table.shape)} parameter of {type(module).__name__} is not one of this "
-                f"{type(self).__name__}'s"
-            )
-        rows = table.shape[0] if table.dim() > 0 else 1
-        return TrackingHandle(module, self._used_rows().setdefault(table, UsedRows(rows)))
+        for index, group in enumerate(self.param_groups):
+            for position, p in enumerate(group["params"]):
+                if p is table:
+                    used = UsedRows(self._name(index, position), len(p) if p.dim() else 1)
+                    return TrackingHandle(module, self._used_rows().setdefault(p, used))
+        raise ValueError(
+            f"the {list(table.shape)} parameter of {type(module).__name__} is not one of this "
+            f"{type(self).__name__}'s"
+        )
 
     def _used_rows(self) -> dict[Tensor, UsedRows]:
         """Return what tracked modules have recorded; not part of any state dict."""
@@ -600,11 +602,13 @@ class MixedOptimizer(torch.optim.Optimizer):
 
     # ------------------------------------------------------------------------------- messages
 
-    def _label(self, index: int, position: int) -> str:
+    def _name(self, index: int, position: int) -> str:
         names = self.param_groups[index].get("param_names")
         where = f"group {index}, position {position}"
-        parameter = f"parameter {names[position]!r} ({where})" if names else f"parameter ({where})"
-        return f"{type(self).__name__}.step: {parameter}"
+        return f"parameter {names[position]!r} ({where})" if names else f"parameter ({where})"
+
+    def _label(self, index: int, position: int) -> str:
+        return f"{type(self).__name__}.step: {self._name(index, position)}"
 
     def _why_not_native(self, index: int, position: int) -> str:
         p = self.param_groups[index]["params"][position]

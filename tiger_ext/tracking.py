@@ -15,20 +15,33 @@ __all__ = ["TrackingHandle"]
 class UsedRows:
     """Which rows of one parameter its tracked modules have read since the last step."""
 
-    def __init__(self, rows: int) -> None:
-        """Start with none of ``rows`` rows used."""
+    def __init__(self, name: str, rows: int) -> None:
+        """Start with none of the ``rows`` rows of the parameter ``name`` used."""
+        self.name = name
         self.rows = rows
         self.modules = 0
         self._ids: list[Tensor] = []
 
     def record(self, ids: Tensor) -> None:
-        """Add ids of any shape and integer dtype; duplicates are fine."""
+        """Add ids of any shape and integer dtype; duplicates are fine.
+
+        Raises:
+            IndexError: an id on the CPU is no row. On a GPU, where the check would make the host
+                wait, such ids are dropped.
+        """
+        if ids.device.type == "cpu" and ids.numel() > 0:
+            for extreme in map(int, ids.aminmax()):
+                if not 0 <= extreme < self.rows:
+                    raise IndexError(
+                        f"a tracked module of {self.name} was given the id {extreme}, out of range "
+                        f"for {self.rows} rows"
+                    )
         # A copy: the caller may fill its batch anew before the step.
         self._ids.append(ids.detach().reshape(-1).to(torch.int64, copy=True))
 
     def mask(self, device: torch.device) -> Tensor:
         """Return a uint8 mask ``[rows]``, 1 where a row was used."""
-        # One more at each end takes the ids that are no row: their forward pass has failed.
+        # One more at each end takes the ids that are no row.
         mask = torch.zeros(self.rows + 2, dtype=torch.uint8, device=device)
         for ids in self._ids:
             mask.index_fill_(0, ids.to(device).clamp(-1, self.rows) + 1, 1)

@@ -132,6 +132,8 @@ inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cud
   return cudaSuccess;
 }
 
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+
 // --- The emulator's own interface --------------------------------------------------------------
 
 namespace cuda_on_cpu {

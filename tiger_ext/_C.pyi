@@ -4,12 +4,41 @@ from typing import Any
 from torch import Tensor
 
 class UpdateError(Exception):
-    """A parameter's update was refused; args: "index" or "runtime", group, position, text."""
+    """A parameter's update was refused.
+
+    args: "index", "nonfinite" or "runtime"; group; position; text.
+    """
 
 class RuleKind(Enum):
     SIGN_MOMENTUM = ...
     ADAMW = ...
     ADAMW_WITHOUT_MOMENT1 = ...
+    MOMENTUM = ...
+
+class Rule:
+    """A group's options but the learning rate, for one step."""
+
+    def __init__(
+        self,
+        kind: RuleKind,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        weight_decay: float,
+        maximize: bool,
+        rows: str | None,
+        nonfinite: str,
+        shrink_ratio: float,
+        shrink_to: float,
+        scale: str | None,
+        rms_floor: float,
+        direction: str,
+        direction_scale: float,
+        window: int,
+        micro_steps: int,
+        adds: bool,
+        /,
+    ) -> None: ...
 
 class Faults:
     """Where a GPU reports what it found wrong in an optimizer's gradients; raised a step later."""
@@ -27,13 +56,9 @@ class Step:
         params: list[Tensor],
         state: dict[Tensor, dict[str, Any]],
         group: int,
-        kind: RuleKind,
+        rule: Rule,
         lr: float | Tensor,
-        beta1: float,
-        beta2: float,
-        eps: float,
-        weight_decay: float,
-        maximize: bool,
+        rows: dict[Tensor, Tensor],
         positions: list[int] | None,
         /,
     ) -> tuple[list[int], list[int]]: ...

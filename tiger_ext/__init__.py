@@ -3,12 +3,13 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from tiger_ext import nn
 from tiger_ext.adamw import AdamW
 from tiger_ext.groups import param_groups
 from tiger_ext.lion import Lion
 from tiger_ext.tiger import Tiger
 
-__all__ = ["AdamW", "Lion", "Tiger", "__version__", "param_groups"]
+__all__ = ["AdamW", "Lion", "Tiger", "__version__", "nn", "param_groups"]
 
 try:
     __version__ = version("tiger-ext")

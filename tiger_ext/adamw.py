@@ -32,9 +32,17 @@ class AdamW(MixedOptimizer):
         eps: added to the denominator.
         weight_decay: :math:`\lambda`, decoupled: a parameter shrinks by ``lr * weight_decay``.
         lazy: what happens to untouched rows of sparse gradients; "frozen": nothing.
-        rows: how touched rows are found for strided gradients; None: the update is dense.
-        nonfinite: what a NaN or Inf gradient does; "propagate": it reaches the parameter.
-        shrink_ratio: factor of ``nonfinite="shrink"``.
+        rows: how a strided gradient of a parameter of two or more dimensions is taken. None: every
+            element is updated. "nonzero": only rows (indices of the first dimension) with a nonzero
+            element in the gradient. "tracked": only rows whose ids went through a module given to
+            :meth:`track` since the last step, also where their gradient is zero.
+        nonfinite: what a NaN or Inf in a gradient does, judged for each row where the update goes
+            by rows, on the row's sum, else for the whole tensor. "propagate": it reaches the
+            parameter; "skip": parameter and state stay as they are; "shrink": the state stays, the
+            parameter moves towards 0, or the group's ``shrink_to``, to ``shrink_ratio`` of its
+            distance; "raise": FloatingPointError before anything is written (on a GPU the host
+            waits for it).
+        shrink_ratio: see ``nonfinite``.
         momentum_dtype: storage of the first moment; None: the parameter's dtype; or float32,
             bfloat16, float16. The second moment takes the wider of this and the parameter's dtype.
         stochastic_rounding: False.

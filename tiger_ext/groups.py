@@ -56,7 +56,8 @@ def param_groups(
             own. "adamw" takes its own default ``lr`` and ``weight_decay``, because a relative
             learning rate means nothing to it: set others on the first group returned.
         **options: further options for all groups that have them, such as ``betas`` or
-            ``nonfinite="shrink"``. They win over the recipe's.
+            ``nonfinite="shrink"``. They win over the recipe's. Of the embeddings' own algorithm,
+            options that it does not have and ``betas`` of another length are left to its defaults.
 
     Returns:
         Groups with ``params``, ``param_names``, ``lr``, ``weight_decay``, ``scale``, to be given to
@@ -91,9 +92,12 @@ def param_groups(
             group["params"].append(p)
             group["param_names"].append(places[0][1])
     for group in groups.values():
-        known = ALGORITHMS[group["algorithm"]].defaults if "algorithm" in group else None
+        own = ALGORITHMS[group["algorithm"]] if "algorithm" in group else None
         for name, value in options.items():
-            if known is None or name in known:
+            fits = own is None or name in own.defaults
+            if own is not None and name == "betas":
+                fits = len(value) == own.beta_count
+            if fits:
                 group[name] = value
     return [group for group in groups.values() if group["params"]]
 

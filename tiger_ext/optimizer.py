@@ -309,8 +309,10 @@ class MixedOptimizer(torch.optim.Optimizer):
 
         Raises:
             IndexError: a sparse gradient has a row index outside its parameter.
-            RuntimeError: a gradient's device, shape, dtype or layout does not fit; or
-                ``fused=True`` and there is no native kernel. In every case nothing was written.
+            FloatingPointError: a gradient has a NaN or Inf and its group ``nonfinite="raise"``.
+            RuntimeError: a gradient's device, shape, dtype or layout does not fit; ``fused=True``
+                and there is no native kernel; or ``rows="tracked"`` and no module of the parameter
+                is tracked. In every case nothing was written.
         """
         loss = None
         if closure is not None:

@@ -28,14 +28,30 @@ class Tiger(MixedOptimizer):
         betas: ``(beta,)``, the momentum's decay rate.
         weight_decay: :math:`\lambda`, decoupled: a parameter shrinks by ``lr * weight_decay``.
         lazy: what happens to untouched rows of sparse gradients; "frozen": nothing.
-        rows: how touched rows are found for strided gradients; None: the update is dense.
-        scale: None: ``lr`` as given.
-        rms_floor: lower bound of the parameter RMS for ``scale`` (not None).
-        direction: "sign".
-        direction_scale: constant of the other directions.
-        accumulation_steps: micro-steps per step; 1.
-        nonfinite: what a NaN or Inf gradient does; "propagate": it reaches the parameter.
-        shrink_ratio: factor of ``nonfinite="shrink"``.
+        rows: how a strided gradient of a parameter of two or more dimensions is taken. None: every
+            element is updated. "nonzero": only rows (indices of the first dimension) with a nonzero
+            element in the gradient. "tracked": only rows whose ids went through a module given to
+            :meth:`track` since the last step, also where their gradient is zero.
+        scale: None: ``lr`` as given. "rms": ``lr`` is relative, multiplied by
+            ``max(RMS(param), rms_floor) / RMS(direction)`` over the whole tensor, or over each row
+            for sparse gradients and where ``rows`` is set; "rms_rows": over each row always. The
+            RMS of a pure sign direction counts as 1. The weight decay is scaled with it.
+        rms_floor: lower bound of the parameter's RMS, so that zeros can move; 0: none.
+        direction: what takes the sign's place, elementwise, on the momentum c: "sign"; "clip":
+            ``clamp(k * c, -1, 1)``; "power": ``sign(c) * abs(c) ** k``; "atan":
+            ``2 / pi * atan(k * c)``.
+        direction_scale: k; None: 1e4 for "clip" and "atan", 0.5 for "power".
+        accumulation_steps: k > 1: every call of ``step`` adds ``1 / k`` of its gradient to the
+            momentum and every k-th moves the parameters, by what one step on the mean gradient
+            would do; no buffer of gradients is needed. State: ``window``, int32, one number a
+            parameter or, for sparse gradients, a row.
+        nonfinite: what a NaN or Inf in a gradient does, judged for each row where the update goes
+            by rows, on the row's sum, else for the whole tensor. "propagate": it reaches the
+            parameter; "skip": parameter and state stay as they are; "shrink": the state stays, the
+            parameter moves towards 0, or the group's ``shrink_to``, to ``shrink_ratio`` of its
+            distance; "raise": FloatingPointError before anything is written (on a GPU the host
+            waits for it).
+        shrink_ratio: see ``nonfinite``.
         momentum_dtype: storage of the momentum; None: the parameter's dtype; or float32, bfloat16,
             float16.
         stochastic_rounding: False.

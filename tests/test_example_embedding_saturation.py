@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""examples/embedding_saturation.py shows the predicted drift, and remedies that stop it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tiger_ext
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "examples" / "embedding_saturation.py"
+PACKAGE = Path(tiger_ext.__file__).resolve().parents[1]  # the one under test
+ARMS = ["tiger", "lion", "lazy", "nonzero"]
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
+
+
+def run_script(*arguments: str, path: Path = PACKAGE) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), "--quick", *arguments],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(path), str(PACKAGE)])},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("embedding_saturation")
+
+
+@pytest.fixture(scope="module")
+def study(folder):
+    done = run_script(
+        *("--arms", ",".join(ARMS), "--cache", str(folder)),
+        *("--plot", str(folder / "study.png"), "--json", str(folder / "study.json")),
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads((folder / "study.json").read_text())
+    assert [arm["arm"] for arm in result["arms"]] == ARMS
+    return {arm["arm"]: arm for arm in result["arms"]}
+
+
+@pytest.mark.parametrize("arm", ["tiger", "lion"])
+def test_dense_rules_follow_the_prediction(study, arm):
+    assert study[arm]["rows"]["seen_once_early"] >= 20
+    drift = study[arm]["drift"]
+    for point in drift:
+        assert point["largest_error"] < 1e-3
+        assert point["measured"] == pytest.approx(point["predicted"], abs=1e-3)
+    assert drift[0]["measured"] < 0.1
+    assert drift[-1]["measured"] > 0.9, "the run must be long enough to reach the fixed point"
+
+
+def test_lazy_rows_stay_away_from_the_bound(study):
+    for arm in ("lazy", "nonzero"):
+        assert study[arm]["drift"][-1]["measured"] < 0.1
+        assert study[arm]["history"][-1]["share_090_rare"] < 0.01
+        assert study[arm]["history"][-1]["rare_norm"] < study["tiger"]["history"][-1]["rare_norm"]
+    assert study["tiger"]["history"][-1]["share_090_rare"] > 0.2
+
+
+def test_sparse_gradients_and_nonzero_rows_are_the_same_rule(study):
+    lazy, nonzero = (study[arm]["history"][-1] for arm in ("lazy", "nonzero"))
+    assert nonzero["loss all"] == pytest.approx(lazy["loss all"], abs=0.02)
+    assert nonzero["rare_norm"] == pytest.approx(lazy["rare_norm"], rel=0.02)
+
+
+def test_every_arm_learns_and_is_fine_tuned(study):
+    starts = set()
+    for arm in study.values():
+        first, last = arm["history"][0], arm["history"][-1]
+        starts.add(first["loss all"])
+        assert last["loss all"] < first["loss all"] - 1
+        tuning = arm["fine_tuning"]
+        assert tuning[0]["rare"] == last["loss rare"]
+        assert tuning[-1]["rare"] < tuning[0]["rare"]
+    assert len(starts) == 1, "the arms must start from the same weights"
+
+
+def test_picture_is_a_png(study, folder):
+    assert (folder / "study.png").read_bytes().startswith(b"\x89PNG\r\n")
+
+
+def test_tied_arms_run(folder):
+    done = run_script(
+        *("--arms", "tied,tied-plain", "--steps", "4", "--tune-steps", "2", "--checkpoints", "2"),
+        *("--cache", str(folder), "--plot", str(folder / "tied.png")),
+        *("--json", str(folder / "tied.json")),
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads((folder / "tied.json").read_text())["arms"]) == 2
+
+
+def test_unknown_arm_is_named():
+    done = run_script("--arms", "tiger,sgd")
+    assert done.returncode == 2
+    assert "unknown arms ['sgd']" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["matplotlib", "tqdm"])
+def test_missing_package_is_one_sentence(name, tmp_path):
+    (tmp_path / f"{name}.py").write_text(
+        f"raise ModuleNotFoundError(\"No module named '{name}'\", name='{name}')\n"
+    )
+    done = run_script(path=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines() == [
+        f"The study needs {name}: pip install 'tiger_ext[bench]'"
+    ]

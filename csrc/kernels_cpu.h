@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "items.h"
+#include "norm_part.h"
 
 namespace tiger_ext {
 
@@ -55,6 +56,14 @@ struct CpuKernels {
   // Adds the vectors pieces[1], pieces[2], ... pieces[count - 1], each [dim], to pieces[0] in
   // order.
   void (*combine_pieces)(const RowsItem& item, void* pieces, int64_t count);
+  // What the sums of the runs of two and more entries that start in [begin, end) contribute to
+  // their p-norm. Sets repeated[position] of every entry of every run that starts there.
+  NormPart (*repeated_rows_norm)(const RowsItem& item, const SortedEntries& sorted,
+                                 const LongRuns& long_runs, int64_t begin, int64_t end, double p,
+                                 uint8_t* repeated);
+  // The same of entries [begin, end) of the item that are not repeated[entry].
+  NormPart (*other_rows_norm)(const RowsItem& item, int64_t begin, int64_t end, double p,
+                              const uint8_t* repeated);
 };
 
 // The best set that this processor can run, or the one that TIGER_EXT_CPU_ISA names.

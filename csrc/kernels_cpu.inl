@@ -774,8 +774,12 @@ void combine_pieces(const RowsItem& item, void* pieces, int64_t count) {
   else combine_pieces_as<float>(item, pieces, count);
 }
 
+#include "row_norms_cpu.inl"
+
 constexpr CpuKernels table(const char* name) {
-  return {name, dense, look, rows, rows_finite, direct, direct_finite, sum_piece, combine_pieces};
+  return {name,           dense,         look,      rows,           rows_finite,
+          direct,         direct_finite, sum_piece, combine_pieces, repeated_rows_norm,
+          other_rows_norm};
 }
 
 }  // namespace

@@ -16,6 +16,7 @@
 #include "eager.h"
 #include "huge_pages.h"
 #include "kernels_cpu.h"
+#include "row_norms.h"
 #include "step.h"
 
 namespace tiger_ext {
@@ -183,6 +184,7 @@ TORCH_LIBRARY_IMPL(tiger_ext, CUDA, m) { implement(m); }
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Compiled kernels of tiger_ext.";
   bind_eager(m);
+  bind_row_norms(m);
   m.def("build_info", [] {
     pybind11::dict info;
     info["version"] = TIGER_EXT_VERSION;

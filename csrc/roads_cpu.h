@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "kernels_cpu.h"
+#include "long_runs_cpu.h"
 #include "scratch_cpu.h"
 
 namespace tiger_ext {
@@ -54,7 +55,7 @@ class DirectRoad {
 };
 
 // Updates every touched row of parameters with sparse gradients. Besides the plan's keys it needs
-// one sum [dim] per kPiece entries of the rows that have over a thousand entries.
+// the sums of long_runs_cpu.h.
 class RowsRoad {
  public:
   int64_t prepare(const std::vector<RowsItem>& items, const SortedEntries& sorted,
@@ -62,18 +63,6 @@ class RowsRoad {
   void run();
 
  private:
-  // A row with so many entries that all threads sum it, in pieces, before the rest.
-  struct LongRunWork {
-    const RowsItem* item;
-    int64_t begin, end;
-    int64_t first_piece;  // counted over all long runs
-    char* sums;           // [pieces, dim] in the arithmetic type
-
-    int64_t pieces() const { return (end - begin + kPiece - 1) / kPiece; }
-    int64_t sum_bytes() const {
-      return item->dim * (item->param.storage == Storage::kFloat64 ? 8 : 4);
-    }
-  };
   struct Tasks {
     int64_t first;    // of this item, counted over all items
     int64_t entries;  // of each of its tasks
@@ -82,15 +71,11 @@ class RowsRoad {
   template <typename F>
   void for_each_part(const F& f) const;
   int64_t first_nonfinite();
-  void find_long_runs();
-  void sum_long_runs();
 
   const std::vector<RowsItem>* items_ = nullptr;
   SortedEntries sorted_;
   bool serial_ = true;
-  bool summed_ = false;  // the long runs are
-  std::vector<LongRunWork> long_work_;
-  std::vector<LongRun> long_runs_;
+  LongRunSums long_runs_;
   std::vector<Tasks> tasks_;
   int64_t task_count_ = 0;
 };

@@ -14,7 +14,6 @@ namespace {
 constexpr int64_t kElementsPerTask = 65536;
 constexpr int64_t kMaxEntriesPerTask = 4096;
 constexpr int64_t kSerialElements = 32768;  // below this a second thread costs more than it saves
-constexpr int64_t kLongRunStride = 1024;    // runs of twice this length are found for certain
 
 }  // namespace
 
@@ -33,15 +32,7 @@ int64_t RowsRoad::prepare(const std::vector<RowsItem>& items, const SortedEntrie
     tasks_.push_back({task_count_, entries});
     task_count_ += (item.entries + entries - 1) / entries;
   }
-  find_long_runs();
-  int64_t bytes = 0;
-  for (const LongRunWork& w : long_work_) bytes += w.pieces() * w.sum_bytes();
-  char* place = bytes > 0 ? scratch.get<char>(Scratch::kPieces, bytes) : nullptr;
-  for (LongRunWork& w : long_work_) {
-    w.sums = place;
-    place += w.pieces() * w.sum_bytes();
-    long_runs_.push_back({w.begin, w.end, w.sums});
-  }
+  long_runs_.prepare(items, sorted, scratch);
   return first_nonfinite();
 }
 
@@ -50,12 +41,12 @@ int64_t RowsRoad::first_nonfinite() {
     return item.rule.params->nonfinite == Nonfinite::kRaise && item.values.data;
   };
   if (std::none_of(items_->begin(), items_->end(), raises)) return -1;
-  sum_long_runs();
+  long_runs_.sum();
   std::atomic<int64_t> bad{static_cast<int64_t>(items_->size())};
   for_each_part([&](int64_t k, int64_t begin, int64_t end) {
     const RowsItem& item = (*items_)[k];
-    const LongRuns long_runs{long_runs_.data(), static_cast<int64_t>(long_runs_.size())};
-    if (!raises(item) || cpu_kernels().rows_finite(item, sorted_, long_runs, begin, end)) return;
+    if (!raises(item) || cpu_kernels().rows_finite(item, sorted_, long_runs_.runs(), begin, end))
+      return;
     int64_t known = bad;
     while (k < known && !bad.compare_exchange_weak(known, k)) {
     }
@@ -63,51 +54,11 @@ int64_t RowsRoad::first_nonfinite() {
   return bad == static_cast<int64_t>(items_->size()) ? -1 : bad.load();
 }
 
-// A run that holds both ends of a stride of the sorted entries is long; its bounds by bisection.
-void RowsRoad::find_long_runs() {
-  int64_t pieces = 0;
-  for (const RowsItem& item : *items_) {
-    if (!item.values.data) continue;
-    const int64_t end = item.first_entry + item.entries;
-    for (int64_t i = item.first_entry; i + kLongRunStride < end; i += kLongRunStride) {
-      const uint64_t row = sorted_.row(i);
-      if (sorted_.row(i + kLongRunStride) != row) continue;
-      if (!long_work_.empty() && long_work_.back().end > i) continue;  // known
-      const auto before = [&](uint64_t key) { return key >> sorted_.position_bits < row; };
-      const auto within = [&](uint64_t key) { return key >> sorted_.position_bits <= row; };
-      const uint64_t* keys = sorted_.keys;
-      const int64_t begin = std::partition_point(keys + item.first_entry, keys + i, before) - keys;
-      const int64_t run_end = std::partition_point(keys + i, keys + end, within) - keys;
-      long_work_.push_back({&item, begin, run_end, pieces, nullptr});
-      pieces += long_work_.back().pieces();
-    }
-  }
-}
-
-void RowsRoad::sum_long_runs() {
-  if (long_work_.empty() || summed_) return;
-  summed_ = true;
-  const CpuKernels& kernels = cpu_kernels();
-  for_each_task(long_work_.back().first_piece + long_work_.back().pieces(), [&](int64_t piece) {
-    const auto after =
-        std::upper_bound(long_work_.begin(), long_work_.end(), piece,
-                         [](int64_t p, const LongRunWork& w) { return p < w.first_piece; });
-    const LongRunWork& w = *(after - 1);
-    const int64_t local = piece - w.first_piece, begin = w.begin + local * kPiece;
-    kernels.sum_piece(*w.item, sorted_, begin, std::min(begin + kPiece, w.end),
-                      w.sums + local * w.sum_bytes());
-  });
-  for_each_task(static_cast<int64_t>(long_work_.size()), [&](int64_t k) {
-    kernels.combine_pieces(*long_work_[k].item, long_work_[k].sums, long_work_[k].pieces());
-  });
-}
-
 void RowsRoad::run() {
   if (!items_) return;
-  sum_long_runs();
-  const LongRuns long_runs{long_runs_.data(), static_cast<int64_t>(long_runs_.size())};
+  long_runs_.sum();
   for_each_part([&](int64_t k, int64_t begin, int64_t end) {
-    cpu_kernels().rows((*items_)[k], sorted_, long_runs, begin, end);
+    cpu_kernels().rows((*items_)[k], sorted_, long_runs_.runs(), begin, end);
   });
 }
 

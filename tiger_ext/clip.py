@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gradient clipping by the norm of all gradients together, row-sparse ones included."""
+
+from __future__ import annotations
+
+import math
+import types
+import warnings
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from tiger_ext import _native
+
+__all__ = ["clip_grad_norm_"]
+
+_NATIVE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def clip_grad_norm_(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+) -> Tensor:
+    """Scale gradients in place so that their total norm is at most ``max_norm``.
+
+    As :func:`torch.nn.utils.clip_grad_norm_`, to which it hands gradients that are all strided, and
+    with ``torch.sparse_coo`` gradients too. Entries of one row count as their sum, so the norm is
+    that of the gradient made dense, but nothing is made dense or coalesced: memory and time go with
+    the number of entries, and ``.grad`` keeps its indices. On the CPU the norm of the sparse
+    gradients has the same bits for any number of threads.
+
+    Args:
+        parameters: one tensor or an iterable of tensors (generators too), of any shapes, dtypes and
+            devices. Those without a gradient do not count. Sparse gradients: any ``sparse_dim``,
+            values ``[nnz, ...]``, coalesced or not.
+        max_norm: the largest total norm that is let through.
+        norm_type: p of the p-norm of each gradient and of these norms together: any number,
+            ``math.inf`` and ``-math.inf``; 0 counts (the gradients that are not zero).
+        error_if_nonfinite: raise where the total norm is NaN or infinite, instead of scaling by it.
+
+    Returns:
+        The total norm before clipping: a 0-dim tensor on the device of the first gradient, of the
+        gradients' dtype; ``tensor(0.)`` where there is no gradient.
+
+    Raises:
+        RuntimeError: with ``error_if_nonfinite``, the total norm is NaN or infinite.
+        IndexError: a sparse gradient on the CPU has a row index out of range. On other devices
+            finding out would wait for them: such entries do not count.
+        In either case no gradient was changed.
+
+    Notes:
+        Every gradient ``g`` becomes ``g * min(1, max_norm / (norm + 1e-6))`` (Pascanu et al. 2013,
+        "On the difficulty of training recurrent neural networks", arXiv 1211.5063). Duplicates are
+        summed in float32, in float64 for float64 gradients. Values that share memory (expanded
+        ones) cannot be scaled in place: the gradient gets scaled values of its own.
+    """
+    if isinstance(parameters, Tensor):
+        parameters = [parameters]
+    else:
+        generator = isinstance(parameters, types.GeneratorType)
+        parameters = list(parameters)
+        if generator and not parameters:
+            warnings.warn(
+                "`parameters` is an empty generator, no gradient clipping will occur.",
+                stacklevel=2,
+            )
+    if not any(_is_sparse(p) for p in parameters):
+        return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite)
+
+    with torch.no_grad():
+        total = _total_norm(parameters, float(norm_type))
+        if error_if_nonfinite and bool(total.isnan() | total.isinf()):
+            raise RuntimeError(
+                f"The total norm of order {float(norm_type)} for gradients from `parameters` is "
+                "non-finite, so it cannot be clipped. To disable this error and scale the "
+                "gradients by the non-finite norm anyway, set `error_if_nonfinite=False`"
+            )
+        _scale(parameters, float(max_norm), total)
+    return total
+
+
+def _is_sparse(p: Tensor) -> bool:
+    return p.grad is not None and p.grad.layout == torch.sparse_coo
+
+
+# ----------------------------------------------------------------------------------------- norm
+
+
+def _total_norm(parameters: Sequence[Tensor], p: float) -> Tensor:
+    """Return the norm of the norms of all gradients, as torch combines them."""
+    dense: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    native: dict[int, Tensor] = {}
+    norms: list[Tensor] = []
+    first: torch.device | None = None
+    for position, parameter in enumerate(parameters):
+        grad = parameter.grad
+        if grad is None:
+            continue
+        first = grad.device if first is None else first
+        if grad.layout != torch.sparse_coo:
+            dense.setdefault((grad.device, grad.dtype), []).append(grad)
+        elif _native.C is not None and _has_native_norm(grad):
+            native[position] = grad
+        else:
+            norms.append(_norm_of_summed_rows(grad, p, position))
+    norms += _native_norms(native, p)
+    for grads in dense.values():
+        norms.extend(torch._foreach_norm(grads, p))
+    return torch.linalg.vector_norm(torch.stack([norm.to(first) for norm in norms]), p)
+
+
+def _has_native_norm(grad: Tensor) -> bool:
+    return (
+        type(grad) is Tensor
+        and grad.device.type == "cpu"
+        and grad.dtype in _NATIVE_DTYPES
+        and grad.numel() > 0
+    )
+
+
+def _native_norms(grads: dict[int, Tensor], p: float) -> list[Tensor]:
+    """Return the norm of each sparse gradient; keyed by the parameter's position, for errors."""
+    if not grads:
+        return []
+    assert _native.C is not None
+    try:
+        norms = _native.C.row_norms(list(grads.values()), p).unbind()
+    except _native.C.UpdateError as error:
+        kind, _, place, message = error.args
+        exception = IndexError if kind == "index" else RuntimeError
+        raise exception(f"tiger_ext: parameters[{list(grads)[place]}]: {message}") from None
+    return [norm.to(grad.dtype) for norm, grad in zip(norms, grads.values(), strict=True)]
+
+
+def _norm_of_summed_rows(grad: Tensor, p: float, position: int) -> Tensor:
+    """Return what the native kernel returns, with torch's operations and without a host sync."""
+    values = grad._values()
+    nnz = values.shape[0]
+    sizes = grad.shape[: grad.sparse_dim()]
+    rows = math.prod(sizes)
+    row, bad = _linear_rows(grad, sizes)
+    if grad.device.type == "cpu" and bool(bad.any()):
+        raise _bad_index(grad, sizes, bad, position)
+    if grad.numel() == 0:  # torch has the last word on norms of nothing
+        return torch.linalg.vector_norm(values.new_empty(grad.shape), p)
+    if nnz == 0:
+        return values.new_zeros((), dtype=values[:0].abs().dtype)
+
+    # Every run of equal rows gets a number; the sums of the runs stand in a buffer by that number.
+    # Bad entries go to one more row of it, and so do not count.
+    ordered, order = row.masked_fill(bad, rows).sort(stable=True)
+    starts = torch.ones_like(ordered)
+    starts[1:] = ordered[1:] != ordered[:-1]
+    number = (starts.cumsum(0) - 1).masked_fill_(ordered == rows, nnz)
+    run = torch.empty_like(number).scatter_(0, order, number)
+    wide = torch.float32 if grad.dtype in (torch.bfloat16, torch.float16) else grad.dtype
+    sums = values.new_zeros((nnz + 1, *values.shape[1:]), dtype=wide)
+    sums = sums.index_add_(0, run, values.to(wide))[:nnz]
+    norm = torch.linalg.vector_norm(sums, p) if p >= 0 else _least(sums, run, rows, p)
+    return norm.to(values[:0].abs().dtype)
+
+
+def _linear_rows(grad: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Return the row of each entry, and whether one of its indices is out of range: ``[nnz]``."""
+    indices = grad._indices().to(torch.int64)
+    row = torch.zeros_like(indices[0])
+    bad = torch.zeros_like(row, dtype=torch.bool)
+    for index, size in zip(indices, sizes, strict=True):
+        row = row * size + index
+        bad |= (index < 0) | (index >= size)
+    return row, bad
+
+
+def _bad_index(grad: Tensor, sizes: Sequence[int], bad: Tensor, position: int) -> IndexError:
+    entry = int(bad.nonzero()[0])
+    indices = grad._indices()[:, entry].tolist()
+    d = next(d for d, (i, size) in enumerate(zip(indices, sizes, strict=True)) if not 0 <= i < size)
+    return IndexError(
+        f"tiger_ext: parameters[{position}]: the gradient's entry {entry} has row index "
+        f"{indices[d]} in dimension {d}, out of range for {sizes[d]} rows"
+    )
+
+
+def _least(sums: Tensor, run: Tensor, rows: int, p: float) -> Tensor:
+    """Return the norm for p < 0, which is 0 as soon as one element of the gradient is zero.
+
+    Infinity is neutral in it, and takes the place of the buffer's rows that stand for none.
+    """
+    used = torch.zeros(len(sums) + 1, dtype=torch.bool, device=sums.device)
+    used = used.index_fill_(0, run, True)[:-1]
+    norm = torch.linalg.vector_norm(
+        sums.masked_fill_(~used.view(-1, *(1 for _ in sums.shape[1:])), math.inf), p
+    )
+    untouched = torch.where(used.sum() < rows, 0.0, math.inf).to(norm.dtype)
+    return torch.linalg.vector_norm(torch.stack([norm, untouched]), p)
+
+
+# ---------------------------------------------------------------------------------------- scale
+
+
+def _scale(parameters: Sequence[Tensor], max_norm: float, total: Tensor) -> None:
+    factor = torch.clamp(max_norm / (total + 1e-6), max=1.0)
+    # Multiplying by 1 changes nothing, but knowing that it is 1 would wait for other devices.
+    if total.device.type == "cpu" and bool(factor == 1.0):
+        return
+    strided = [p for p in parameters if not _is_sparse(p)]
+    torch.nn.utils.clip_grads_with_norm_(strided, max_norm, total)
+    values: dict[torch.device, list[Tensor]] = {}
+    for p in parameters:
+        if p.grad is None or not _is_sparse(p):
+            continue
+        if _shares_memory_within(p.grad._values()):
+            _replace_values(p.grad, p.grad._values() * factor.to(p.grad.device))
+        else:
+            values.setdefault(p.grad.device, []).append(p.grad._values())
+    for device, tensors in values.items():
+        torch._foreach_mul_(tensors, factor.to(device))
+
+
+def _shares_memory_within(t: Tensor) -> bool:
+    return any(n > 1 and stride == 0 for n, stride in zip(t.shape, t.stride(), strict=True))
+
+
+def _replace_values(grad: Tensor, values: Tensor) -> None:
+    grad.data = torch.sparse_coo_tensor(
+        grad._indices(),
+        values,
+        grad.shape,
+        is_coalesced=grad.is_coalesced(),
+        check_invariants=False,
+    )

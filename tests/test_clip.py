@@ -190,16 +190,31 @@ def test_int32_indices_and_transposed_ones_and_several_tables(backend):
     assert_clips_as_dense(with_grads(first, second, first.clone()), 1.0)
 
 
-def test_rows_without_elements(backend):
-    empty = torch.sparse_coo_tensor([[1, 2]], torch.zeros(2, 0), (5, 0))
-    no_rows = torch.sparse_coo_tensor(torch.zeros(1, 0, dtype=torch.int64), torch.zeros(0, 4),
-                                      (0, 4))  # fmt: skip
-    params = with_grads(empty, no_rows, torch.ones(4))
+@pytest.mark.parametrize("shape,nnz", [((5, 0), 2), ((5, 0), 0), ((0, 4), 0)])
+def test_gradients_without_elements(backend, shape, nnz):
+    indices = torch.arange(nnz)[None]
+    empty = torch.sparse_coo_tensor(indices, torch.zeros(nnz, shape[1]), shape)
+    params = with_grads(empty, torch.ones(4))
     assert clip_grad_norm_(params, 1.0) == 2.0
-    with pytest.raises(RuntimeError, match="infinity norm on an empty"):
+    with pytest.raises(RuntimeError, match=r"inf.* norm on an empty"):
         torch.nn.utils.clip_grad_norm_(dense_copies(params), 1.0, math.inf)
     with pytest.raises(RuntimeError, match=r"inf.* norm on an empty"):
         clip_grad_norm_(params, 1.0, math.inf)
+
+
+def test_the_zero_norm_counts_gradients_that_are_not_zero(backend):
+    zero = torch.sparse_coo_tensor([[1, 1]], torch.tensor([2.0, -2.0]), (5,))
+    params = with_grads(torch.ones(4), torch.ones(3), torch.zeros(2), zero, zero.coalesce() + zero)
+    params += with_grads(torch.sparse_coo_tensor([[1]], torch.tensor([2.0]), (5,)))
+    assert clip_grad_norm_(params, 100.0, 0.0) == 3.0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_duplicates_are_summed_in_float32(backend, dtype):
+    # In bfloat16 256 + 1 is 256, in float16 2048 + 1 is 2048.
+    values = torch.ones(4096, dtype=dtype)
+    (p,) = with_grads(torch.sparse_coo_tensor(torch.full((1, 4096), 2), values, (5,)))
+    assert clip_grad_norm_([p], 1.0) == 4096.0
 
 
 def test_gradients_of_two_backward_passes(backend):
@@ -286,16 +301,16 @@ def test_values_that_share_memory(backend):
     grad, indices = p.grad, p.grad._indices().data_ptr()
     assert_clips_as_dense([p], 1.0)
     assert p.grad is grad and p.grad._indices().data_ptr() == indices
+    assert not grad.is_coalesced()
     assert values[0, 0] == 3.0
 
 
-def test_gradient_with_a_history(backend):
-    weight = Parameter(torch.randn(6, 2))
-    out = torch.nn.functional.embedding(torch.tensor([1, 1, 4]), weight, sparse=True)
-    out.pow(2).sum().backward()
-    with torch.enable_grad():
-        total = clip_grad_norm_([weight], 0.5)
-    assert not total.requires_grad and not weight.grad.requires_grad
+def test_autograd_sees_nothing(backend):
+    values, strided = torch.ones(3, 2, requires_grad=True), torch.ones(4, requires_grad=True)
+    params = with_grads(torch.sparse_coo_tensor([[1, 1, 3]], values, (5, 2)), strided)
+    total = clip_grad_norm_(params, 0.5)
+    assert not total.requires_grad
+    assert strided.detach().norm() < 0.5
 
 
 # --------------------------------------------------------------------------------------- refusals

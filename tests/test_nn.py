@@ -27,7 +27,7 @@ def test_swapping_takes_away_the_bias_towards_the_input():
 
 
 def test_odd_dimensions():
-    with pytest.raises(ValueError, match="7.*even"):
+    with pytest.raises(ValueError, match=r"7.*even"):
         TiedEmbedding(10, 7)
     TiedEmbedding(10, 7, swap_halves=False).logits(torch.randn(7))
 

@@ -5,11 +5,22 @@ from importlib.metadata import PackageNotFoundError, version
 
 from tiger_ext import nn
 from tiger_ext.adamw import AdamW
+from tiger_ext.clip import clip_grad_norm_
 from tiger_ext.groups import param_groups
+from tiger_ext.health import health_report
 from tiger_ext.lion import Lion
 from tiger_ext.tiger import Tiger
 
-__all__ = ["AdamW", "Lion", "Tiger", "__version__", "nn", "param_groups"]
+__all__ = [
+    "AdamW",
+    "Lion",
+    "Tiger",
+    "__version__",
+    "clip_grad_norm_",
+    "health_report",
+    "nn",
+    "param_groups",
+]
 
 try:
     __version__ = version("tiger-ext")

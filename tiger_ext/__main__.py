@@ -2,11 +2,17 @@
 """``python -m tiger_ext``: what is installed, which backend each operation uses, and a self-test.
 
 Exit status 0, or 1 if the self-test fails on any device.
+
+``python -m tiger_ext health CHECKPOINT``: the health of a saved model's embedding tables. Exit
+status 0; 2 if the checkpoint cannot be read; with --fail-on-bad 3 if rows are nonfinite or
+saturated.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import os
 import platform
 import sys
@@ -14,7 +20,8 @@ import sys
 import torch
 
 import tiger_ext
-from tiger_ext import AdamW, Lion, Tiger, _native
+from tiger_ext import AdamW, Lion, Tiger, _native, checkpoint
+from tiger_ext.checkpoint import CheckpointError, checkpoint_health
 
 _OPERATIONS = ("dense gradients", "sparse COO gradients")
 
@@ -93,9 +100,8 @@ def self_test(device: str) -> None:
                     )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Print the report and run the self-test; return the exit status."""
-    argparse.ArgumentParser(prog="python -m tiger_ext", description=__doc__).parse_args(arguments)
+def report() -> int:
+    """Print what is installed and run the self-test; return the exit status."""
     for name, value in _environment():
         print(f"{name + ':':<17} {value}")
     print()
@@ -110,6 +116,56 @@ def main(arguments: list[str] | None = None) -> int:
             failed = True
             print(f"{device + ', self-test:':<29} FAILED: {type(error).__name__}: {error}")
     return int(failed)
+
+
+def health(options: argparse.Namespace) -> int:
+    """Print the health of a checkpoint; return the exit status."""
+    try:
+        found = checkpoint_health(options.checkpoint)
+    except CheckpointError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if options.json:
+        # JSON has no infinity.
+        flat = {k: v if math.isfinite(v) else None for k, v in found.to_dict().items()}
+        print(json.dumps(flat, indent=1))
+    else:
+        print(found)
+    if options.plot is not None:
+        try:
+            found.plot(options.plot)
+        except (ImportError, OSError, ValueError) as error:
+            print(f"--plot {options.plot}: {error}", file=sys.stderr)
+            return 2
+    bad = any(len(t.nonfinite_rows) + len(t.saturated_rows) for t in found.tables.values())
+    return 3 if options.fail_on_bad and bad else 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; return the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tiger_ext",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(title="commands", metavar="")
+    on_health = commands.add_parser(
+        "health",
+        help="report on the embedding tables of a checkpoint",
+        description=checkpoint.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    on_health.add_argument("checkpoint", metavar="CHECKPOINT", help="file to read")
+    on_health.add_argument("--json", action="store_true", help='print flat JSON, "table/field"')
+    on_health.add_argument("--plot", metavar="PATH", help="draw the report, too (needs matplotlib)")
+    on_health.add_argument(
+        "--fail-on-bad",
+        action="store_true",
+        help="exit with status 3 if any table has nonfinite or saturated rows",
+    )
+    on_health.set_defaults(run=health)
+    options = parser.parse_args(arguments)
+    return options.run(options) if "run" in options else report()
 
 
 if __name__ == "__main__":

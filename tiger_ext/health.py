@@ -1,0 +1,498 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The state of embedding tables: how near to their bound, how old, which rows are wrong.
+
+``health_report`` reads a live optimizer, ``tiger_ext.checkpoint`` a saved one; both hand
+``report_on`` a list of ``Table`` and leave the arithmetic to it. Each table is read twice, in
+pieces that fit ``_PIECE_ELEMENTS``: an even sample of its rows says what is typical, then
+all rows are judged by it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["HealthReport", "TableHealth", "health_report"]
+
+QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
+
+# Elements read at a time: some copies of them in float64 stay below 64 MiB.
+_PIECE_ELEMENTS = 1 << 21
+# Quantiles are exact up to this many rows (norms, ages) or elements (distances from the bound).
+_SAMPLE = 1 << 20
+# A matrix without other evidence is a table if it has more than this many rows per column: the
+# widening matrix of a transformer's feed-forward block has 4.
+_TABLE_ROWS_PER_COLUMN = 4
+# "tok_emb", "embeddings", "posEmbed", but not "ensemble" or "member".
+_EMBEDDING_NAME = re.compile(r"(?<![a-z])emb|embed")
+# A row is an outlier from this multiple of the median norm, and of what the spread suggests.
+_OUTLIER_RATIO = 3.0
+_OUTLIER_SPREADS = 10.0
+
+_IDS = ("saturated_rows", "zero_rows", "nonfinite_rows", "outlier_rows")
+
+
+def _no_rows() -> Tensor:
+    return torch.empty(0, dtype=torch.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class TableHealth:
+    r"""What ``health_report`` found in one table.
+
+    A row is one index of the leading dimension (of the leading ``sparse_dim`` dimensions where
+    gradient or state say so, linearised), and ``dim`` the number of its elements. Rows with a NaN
+    or Inf are listed in ``nonfinite_rows`` and enter nothing else but the ages. Ids are int64
+    tensors on the CPU, ascending; a row may stand in several lists.
+
+    Attributes:
+        rows: number of rows.
+        dim: elements of a row.
+        norm_quantiles: quantiles (keys 0.0 to 1.0) of the rows' Euclidean norms; None: no rows.
+        bound_quantiles: quantiles of :math:`|\theta|\lambda` over the elements; a dense sign rule
+            without gradient walks to 1. None: weight decay is 0, or no rows.
+        bound_share_090: share of the elements with :math:`|\theta|\lambda \ge 0.9`; None likewise.
+        bound_share_099: the same for 0.99.
+        saturated_rows: ids of rows with at least half of the elements at or above 0.9.
+        zero_rows: ids of rows that are all zero.
+        nonfinite_rows: ids of rows with a NaN or Inf.
+        outlier_rows: ids of rows whose norm is more than ``max(3, exp(10 MAD))`` times the median
+            norm, MAD being the median absolute deviation of the norms' logarithms; zero rows do not
+            count for median and MAD. In a table of normally distributed elements this is 3 for
+            ``dim`` above about 20 and more for narrower ones; norms that spread log-normally with
+            standard deviation s have their outliers at 6.7 s.
+        age_p50: quantile of the steps since a row was brought up to date, over the rows that ever
+            were; None: the state has no ``last_step``, or all rows are untouched.
+        age_p90: likewise.
+        age_p99: likewise.
+        age_max: likewise.
+        never_touched: number of rows that no gradient has reached; None: no ``last_step``.
+        steps_to_half_bound: :math:`\ln 2 / -\ln(1 - \eta\lambda)`, the steps in which a row that
+            starts at 0 and gets no gradient drifts to :math:`1/(2\lambda)` under the dense rule and
+            the present learning rate. None: that is not constant (``scale``), is on a GPU, or there
+            is no such number (:math:`\eta\lambda` is not in (0, 1)).
+    """
+
+    rows: int
+    dim: int
+    norm_quantiles: dict[float, float] | None = None
+    bound_quantiles: dict[float, float] | None = None
+    bound_share_090: float | None = None
+    bound_share_099: float | None = None
+    saturated_rows: Tensor = field(default_factory=_no_rows)
+    zero_rows: Tensor = field(default_factory=_no_rows)
+    nonfinite_rows: Tensor = field(default_factory=_no_rows)
+    outlier_rows: Tensor = field(default_factory=_no_rows)
+    age_p50: float | None = None
+    age_p90: float | None = None
+    age_p99: float | None = None
+    age_max: int | None = None
+    never_touched: int | None = None
+    steps_to_half_bound: float | None = None
+
+    def to_dict(self) -> dict[str, float]:
+        """Return numbers only: quantiles as "norm_p50" and the like, of ids how many there are.
+
+        The lowest and highest quantile are called "norm_min" and "norm_max". What is None is left
+        out.
+        """
+        flat: dict[str, float] = {}
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if isinstance(value, dict):
+                prefix = each.name.removesuffix("_quantiles")
+                flat.update((f"{prefix}_{_quantile_name(q)}", v) for q, v in value.items())
+            elif isinstance(value, Tensor):
+                flat[each.name] = len(value)
+            elif value is not None:
+                flat[each.name] = value
+        return flat
+
+
+@dataclass(frozen=True, eq=False)
+class HealthReport:
+    """What ``health_report`` returns; ``print`` it, log ``to_dict()``, or ``plot`` it.
+
+    Attributes:
+        tables: parameter name -> its ``TableHealth``.
+    """
+
+    tables: dict[str, TableHealth]
+
+    def to_dict(self) -> dict[str, float]:
+        """Return flat scalars "table/field", as TensorBoard and Weights & Biases take them.
+
+        Example: ``for tag, value in report.to_dict().items(): writer.add_scalar(tag, value, step)``
+        """
+        return {
+            f"{name}/{key}": value
+            for name, table in self.tables.items()
+            for key, value in table.to_dict().items()
+        }
+
+    def __str__(self) -> str:
+        """Return a table with a line per parameter, and below it the first flagged ids."""
+        if not self.tables:
+            return "no embedding tables"
+        flat = {name: table.to_dict() for name, table in self.tables.items()}
+        columns = [c for c in _COLUMNS if any(c[0] in table for table in flat.values())]
+        lines = [["table", *(title for _, title, _ in columns)]]
+        for name, values in flat.items():
+            cells = (form.format(values[key]) if key in values else "-" for key, _, form in columns)
+            lines.append([name, *cells])
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        text = [
+            "  ".join(
+                cell.ljust(width) if i == 0 else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+            )
+            for line in lines
+        ]
+        for name, table in self.tables.items():
+            for key in _IDS:
+                ids = getattr(table, key)
+                if len(ids):
+                    shown = ", ".join(map(str, ids[:10].tolist()))
+                    more = f" and {len(ids) - 10} more" if len(ids) > 10 else ""
+                    text.append(f"{name}: {key.replace('_', ' ')}: {shown}{more}")
+        return "\n".join(text)
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        r"""Draw the quantiles of norms and of :math:`|\theta|\lambda`, and the flagged shares.
+
+        Args:
+            path: file to write; its suffix says the format, as in ``matplotlib``'s ``savefig``.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError(
+                "HealthReport.plot needs matplotlib, which cannot be imported: "
+                f"pip install matplotlib ({error})"
+            ) from error
+        figure = Figure(figsize=(13, 4), layout="constrained")
+        norms, bounds, shares = figure.subplots(1, 3)
+        for name, table in self.tables.items():
+            if table.norm_quantiles is not None:
+                norms.plot(*zip(*table.norm_quantiles.items(), strict=True), marker=".", label=name)
+            if table.bound_quantiles is not None:
+                bounds.plot(
+                    *zip(*table.bound_quantiles.items(), strict=True), marker=".", label=name
+                )
+        norms.set(title="norm of the rows", xlabel="quantile")
+        norms.set_yscale("symlog", linthresh=1e-3)
+        bounds.axhline(0.9, color="gray", linestyle="--", linewidth=1)
+        bounds.set(title="|θ|·λ of the elements", xlabel="quantile", ylim=(0, None))
+        kinds = [*_IDS, "never_touched"]
+        height = 0.8 / max(len(self.tables), 1)
+        for i, (name, table) in enumerate(self.tables.items()):
+            values = table.to_dict()
+            shares.barh(
+                [k + i * height for k in range(len(kinds))],
+                [values.get(kind, 0) / max(table.rows, 1) for kind in kinds],
+                height,
+                label=name,
+            )
+        shares.set_yticks(
+            [k + 0.4 - height / 2 for k in range(len(kinds))],
+            [kind.removesuffix("_rows").replace("_", " ") for kind in kinds],
+        )
+        shares.invert_yaxis()
+        shares.set(title="share of the rows", xlim=(0, 1))
+        if self.tables:
+            shares.legend()
+        figure.savefig(path)
+
+
+# key of TableHealth.to_dict, title, format
+_COLUMNS = (
+    ("rows", "rows", "{}"),
+    ("dim", "dim", "{}"),
+    ("norm_p50", "norm p50", "{:.4g}"),
+    ("norm_p99", "p99", "{:.4g}"),
+    ("norm_max", "max", "{:.4g}"),
+    ("bound_p50", "|θ|λ p50", "{:.3f}"),
+    ("bound_p99", "p99", "{:.3f}"),
+    ("bound_share_090", "≥0.9", "{:.2%}"),
+    ("bound_share_099", "≥0.99", "{:.2%}"),
+    ("saturated_rows", "saturated", "{}"),
+    ("zero_rows", "zero", "{}"),
+    ("nonfinite_rows", "nonfinite", "{}"),
+    ("outlier_rows", "outliers", "{}"),
+    ("age_p50", "age p50", "{:.0f}"),
+    ("age_p99", "p99", "{:.0f}"),
+    ("age_max", "max", "{}"),
+    ("never_touched", "never touched", "{}"),
+    ("steps_to_half_bound", "steps to half bound", "{:.0f}"),
+)
+
+
+def _quantile_name(q: float) -> str:
+    return {0.0: "min", 1.0: "max"}.get(q, f"p{round(100 * q):02d}")
+
+
+def health_report(optimizer: torch.optim.Optimizer) -> HealthReport:
+    r"""Return what can be said about the embedding tables of an optimizer.
+
+    A parameter is taken for a table if it is floating point, has two or more dimensions, and any of
+    these holds: its gradient is sparse; its state has ``last_step``; its group has ``rows`` set or
+    ``scale="rms_rows"``; its name contains "embed", or "emb" at the start of a word; it is a matrix
+    with more than four times as many rows as columns. Tables are called by the names in the
+    group's ``param_names``, else "group0.1": the position of the group and in it.
+
+    Nothing is changed, no gradient is recorded, and beside the lists of ids about 64 MiB of memory
+    are used (more where one row alone is larger). The quantiles 0 and 1 are exact. The others are
+    exact up to 2**20 rows (norms and ages) or elements (:math:`|\theta|\lambda`) and otherwise
+    those of an even sample of up to as many: every k-th row, or every k-th element with
+    k prime to the row's length.
+
+    Args:
+        optimizer: a ``tiger_ext`` optimizer; others work too, as far as their groups have
+            ``weight_decay`` and ``lr``.
+
+    Returns:
+        A ``HealthReport`` with a ``TableHealth`` for each table. Ages count from the group's clock,
+        and where there is none from the last step that touched any row of the group.
+
+    Raises:
+        ValueError: a ``last_step`` does not fit its parameter.
+
+    Source of the bound: Su 2023, kexue.fm/archives/9736.
+    """
+    tables = []
+    for g, group in enumerate(optimizer.param_groups):
+        names = group.get("param_names") or [f"group{g}.{i}" for i in range(len(group["params"]))]
+        for name, p in zip(names, group["params"], strict=True):
+            sparse_dim = p.grad.sparse_dim() if p.grad is not None and p.grad.is_sparse else 0
+            tables.append(Table(name, p, optimizer.state.get(p, {}), group, sparse_dim))
+    return report_on(tables)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A parameter, its optimizer state and its group; ``sparse_dim`` of its gradient or 0."""
+
+    name: str
+    values: Tensor
+    state: Mapping[str, Any]
+    group: Mapping[str, Any]
+    sparse_dim: int = 0
+
+    @property
+    def is_embedding(self) -> bool:
+        """Return whether the report takes this parameter; ``health_report`` says when."""
+        p = self.values
+        if p.dim() < 2 or not p.is_floating_point() or p.device.type == "meta":
+            return False
+        return (
+            self.sparse_dim > 0
+            or "last_step" in self.state
+            or self.group.get("rows") is not None
+            or self.group.get("scale") == "rms_rows"
+            or _EMBEDDING_NAME.search(self.name.lower()) is not None
+            or (p.dim() == 2 and p.shape[0] > _TABLE_ROWS_PER_COLUMN * p.shape[1])
+        )
+
+    @property
+    def row_dims(self) -> int:
+        """Return how many leading dimensions make a row."""
+        if "last_step" not in self.state:
+            return max(self.sparse_dim, 1)
+        shape, count = self.values.shape, self.state["last_step"].numel()
+        for dims in range(1, len(shape) + 1):
+            if math.prod(shape[:dims]) == count:
+                return dims
+        raise ValueError(
+            f"{self.name}: the state last_step has {count} entries, which fit no rows of a "
+            f"parameter of shape {list(shape)}"
+        )
+
+
+@torch.no_grad()
+def report_on(tables: Iterable[Table]) -> HealthReport:
+    """Return the report on those of ``tables`` that are embeddings."""
+    found = [table for table in tables if table.is_embedding]
+    clocks: dict[int, int] = {}
+    for table in found:
+        clock = max(clocks.get(id(table.group), 0), _last_touch(table))
+        clocks[id(table.group)] = clock
+    reports: dict[str, TableHealth] = {}
+    for i, table in enumerate(found):
+        name = table.name if table.name not in reports else f"{table.name} ({i})"
+        now = table.group.get("clock", clocks[id(table.group)])
+        reports[name] = _health(table, int(now))
+    return HealthReport(reports)
+
+
+def _last_touch(table: Table) -> int:
+    last_step = table.state.get("last_step")
+    return int(last_step.max()) if last_step is not None and last_step.numel() > 0 else 0
+
+
+class _Rows:
+    """A table as a matrix ``[rows, dim]`` that is never formed, read in pieces."""
+
+    def __init__(self, table: Table) -> None:
+        self._values = table.values.detach()
+        self._leading = self._values.shape[: table.row_dims]
+        self.rows = math.prod(self._leading)
+        self.dim = math.prod(self._values.shape[table.row_dims :])
+        double = self._values.dtype == torch.float64
+        self.dtype = torch.float64 if double else torch.float32
+
+    def magnitudes(self, step: int = 1) -> Iterator[tuple[int, Tensor]]:
+        """Yield the first row and ``|θ|`` of each piece ``[some rows, dim]``, every step-th row."""
+        stride = max(_PIECE_ELEMENTS // max(self.dim, 1), 1) * step
+        for start in range(0, self.rows, stride):
+            yield start, self._read(start, min(start + stride, self.rows), step)
+
+    def _read(self, start: int, stop: int, step: int) -> Tensor:
+        if len(self._leading) == 1:
+            piece = self._values[start:stop:step]
+        else:
+            ids = torch.arange(start, stop, step, device=self._values.device)
+            piece = self._values[torch.unravel_index(ids, self._leading)]
+        count = -(-(stop - start) // step)
+        return piece.reshape(count, self.dim).to(self.dtype).abs()
+
+
+def _row_norms(magnitudes: Tensor, largest: Tensor) -> Tensor:
+    """Return the norms as float64 on the CPU; scales ``magnitudes`` in place.
+
+    Each row is divided by its largest element, so that no square over- or underflows.
+    """
+    scale = torch.where(largest > 0, largest, torch.ones_like(largest))
+    norms = torch.linalg.vector_norm(magnitudes.div_(scale.unsqueeze(1)), dim=1)
+    return norms.cpu().double() * scale.cpu().double()
+
+
+def _typical_norms(rows: _Rows) -> Tensor:
+    """Return the norms of an even sample of the finite rows."""
+    norms = [torch.empty(0, dtype=torch.float64)]
+    for _, piece in rows.magnitudes(step=-(-rows.rows // _SAMPLE)):
+        largest = piece.amax(1)
+        norms.append(_row_norms(piece, largest)[largest.isfinite().cpu()])
+    return torch.cat(norms)
+
+
+def _outlier_norm(norms: Tensor) -> float:
+    """Return the norm above which a row is an outlier."""
+    nonzero = norms[norms > 0].log()
+    if len(nonzero) == 0:
+        return math.inf
+    median = nonzero.median()
+    spread = _OUTLIER_SPREADS * float((nonzero - median).abs().median())
+    return float(torch.exp(median + max(spread, math.log(_OUTLIER_RATIO))))
+
+
+def _quantiles(sample: Tensor, low: float, high: float) -> dict[float, float] | None:
+    """Return the quantiles of a sample of values whose extremes are known."""
+    if len(sample) == 0:
+        return None
+    inner = torch.quantile(sample.double(), torch.tensor(QUANTILES, dtype=torch.float64)).tolist()
+    return dict(zip(QUANTILES, [low, *inner[1:-1], high], strict=True))
+
+
+def _health(table: Table, now: int) -> TableHealth:
+    rows = _Rows(table)
+    decay = float(table.group.get("weight_decay", 0.0))
+    values = _judge(rows, decay) if rows.rows > 0 and rows.dim > 0 else {}
+    return TableHealth(
+        rows=rows.rows,
+        dim=rows.dim,
+        **values,
+        **_ages(table, now),
+        steps_to_half_bound=_steps_to_half_bound(table.group, decay),
+    )
+
+
+def _judge(rows: _Rows, decay: float) -> dict[str, Any]:
+    typical = _typical_norms(rows)
+    outlier_norm = _outlier_norm(typical)
+    # A stride prime to the row's length visits all columns alike.
+    every = -(-rows.rows * rows.dim // _SAMPLE)
+    while math.gcd(every, rows.dim) > 1:
+        every += 1
+    bounds = [_threshold(share, decay, rows.dtype) for share in (0.9, 0.99)]
+    reached = [0, 0]
+    finite_rows = 0
+    norm_range, value_range = (math.inf, 0.0), (math.inf, 0.0)
+    sample: list[Tensor] = []
+    ids: dict[str, list[Tensor]] = {name: [] for name in _IDS}
+    for start, piece in rows.magnitudes():
+        largest = piece.amax(1)
+        finite = largest.isfinite().cpu()
+        flags = {"nonfinite_rows": ~finite, "zero_rows": (largest == 0).cpu()}
+        if decay > 0:
+            counts = [(piece >= bound).sum(1).cpu() for bound in bounds]
+            reached = [n + int(c[finite].sum()) for n, c in zip(reached, counts, strict=True)]
+            flags["saturated_rows"] = finite & (2 * counts[0] >= rows.dim)
+            first = -start * rows.dim % every
+            elements = piece.reshape(-1)[first::every].cpu()
+            places = torch.arange(first, piece.numel(), every)
+            sample.append(elements[finite[places // rows.dim]])
+            value_range = _widen(value_range, piece.amin(1).cpu()[finite], largest.cpu()[finite])
+        norms = _row_norms(piece, largest)  # the piece is spent now
+        norm_range = _widen(norm_range, norms[finite], norms[finite])
+        flags["outlier_rows"] = finite & (norms > outlier_norm)
+        finite_rows += int(finite.sum())
+        for name, flag in flags.items():
+            ids[name].append(flag.nonzero().squeeze(1) + start)
+    found: dict[str, Any] = {name: torch.cat(each) for name, each in ids.items() if each}
+    found["norm_quantiles"] = _quantiles(typical, *norm_range) if finite_rows else None
+    if decay > 0 and finite_rows > 0:
+        low, high = (decay * value for value in value_range)
+        found["bound_quantiles"] = _quantiles(torch.cat(sample).double() * decay, low, high)
+        elements_seen = finite_rows * rows.dim
+        found["bound_share_090"], found["bound_share_099"] = (n / elements_seen for n in reached)
+    return found
+
+
+def _threshold(share: float, decay: float, dtype: torch.dtype) -> float:
+    """Return the magnitude from which ``|θ|·λ`` reaches ``share``."""
+    bound = share / decay if decay > 0 else math.inf
+    return bound if bound <= torch.finfo(dtype).max else math.inf
+
+
+def _widen(span: tuple[float, float], low: Tensor, high: Tensor) -> tuple[float, float]:
+    if len(low) == 0:
+        return span
+    return min(span[0], float(low.min())), max(span[1], float(high.max()))
+
+
+def _ages(table: Table, now: int) -> dict[str, Any]:
+    if "last_step" not in table.state:
+        return {}
+    last_step = table.state["last_step"].detach().reshape(-1)
+    never, oldest = 0, now
+    for piece in last_step.split(_PIECE_ELEMENTS):
+        touched = piece[piece >= 0]
+        never += len(piece) - len(touched)
+        if len(touched) > 0:
+            oldest = min(oldest, int(touched.min()))
+    found: dict[str, Any] = {"never_touched": never}
+    sample = last_step[:: max(-(-len(last_step) // _SAMPLE), 1)].cpu()
+    ages = (now - sample[sample >= 0].double()).clamp_(min=0)
+    if len(ages) > 0:
+        levels = torch.tensor((0.5, 0.9, 0.99), dtype=torch.float64)
+        p50, p90, p99 = torch.quantile(ages, levels).tolist()
+        found.update(age_p50=p50, age_p90=p90, age_p99=p99, age_max=now - oldest)
+    return found
+
+
+def _steps_to_half_bound(group: Mapping[str, Any], decay: float) -> float | None:
+    lr = group.get("lr", 0.0)
+    if group.get("scale") is not None or (isinstance(lr, Tensor) and lr.device.type != "cpu"):
+        return None
+    shrinkage = float(lr) * decay
+    return -math.log(2.0) / math.log1p(-shrinkage) if 0.0 < shrinkage < 1.0 else None

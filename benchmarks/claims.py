@@ -9,7 +9,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 BEGIN, END = "<!-- claims: begin -->", "<!-- claims: end -->"
-SCRIPTS = ("bench_sparse", "bench_embedding_step", "bench_dense", "bench_small_tensors")
+SCRIPTS = (
+    "bench_sparse",
+    "bench_embedding_step",
+    "bench_dense",
+    "bench_small_tensors",
+    "bench_embedding_options",
+    "bench_clip",
+)
 
 
 def claims_table() -> str:

@@ -372,6 +372,17 @@ class Prefetcher {
     }
   }
 
+  // The parameter's row of a later entry, into the first level: it is looked at as a whole before
+  // anything else of the row is needed.
+  TIGER_EXT_INLINE void near(int64_t entry) const {
+    if (count_ == 0 || item_.dim > 4 * kBlock) return;
+    const int64_t r = static_cast<int64_t>(sorted_.row(entry)) - item_.first_row;
+    const uintptr_t begin =
+        reinterpret_cast<uintptr_t>(streams_[0].data + r * streams_[0].row_bytes);
+    for (int64_t b = 0; b < item_.dim * streams_[0].size; b += kCacheLine)
+      __builtin_prefetch(reinterpret_cast<const void*>(begin + static_cast<uintptr_t>(b)), 0, 3);
+  }
+
  private:
   static constexpr int64_t kBytesAhead = 16384;  // of each tensor
   static constexpr int64_t kMaxAhead = 64;
@@ -532,6 +543,7 @@ class RowUpdate {
 };
 
 struct NoPrefetch {
+  TIGER_EXT_INLINE void near(int64_t) const {}
   NoPrefetch(const RowsItem&, const SortedEntries&, int64_t) {}
   TIGER_EXT_INLINE void operator()(int64_t, int64_t, int64_t, int64_t) {}
 };
@@ -544,6 +556,7 @@ TIGER_EXT_INLINE void for_each_run(const RowsItem& item, const SortedEntries& so
                                    const F& f) {
   const int64_t limit = item.first_entry + item.entries;
   const bool native_values = is_native<T>(item.values);
+  const bool looks = item.rule.params && item.rule.params->looks();
   alignas(kCacheLine) T sum[kBlock];
 
   int64_t i = begin;
@@ -553,6 +566,7 @@ TIGER_EXT_INLINE void for_each_run(const RowsItem& item, const SortedEntries& so
 
   for (int64_t next; i < end; i = next) {
     next = run_end(sorted, i, limit);
+    if (looks && next + 1 < end) prefetch.near(next + 1);
     const T* grad = nullptr;  // the summed row, if it lies somewhere already
     if (next - i == 1 && native_values)
       grad = static_cast<const T*>(item.values.data) +

@@ -37,46 +37,46 @@ def test_accepts_the_reference(rule, maximize):
     steps(rule, [dense, rows, rows, dense], maximize=maximize)
 
 
-def drift_at_zero(p, g, m, *, lr, beta1, beta2, weight_decay):
+def drift_at_zero(p, g, m, *, lr, beta1, beta2, weight_decay, **_):
     c = beta1 * m + (1 - beta1) * g
     return (1 - lr * weight_decay) * p - lr * torch.where(c > 0, 1.0, -1.0), beta2 * m + (
         1 - beta2
     ) * g
 
 
-def signed_zero(p, g, m, *, lr, beta1, beta2, weight_decay):
+def signed_zero(p, g, m, *, lr, beta1, beta2, weight_decay, **_):
     c = beta1 * m + (1 - beta1) * g
     step = torch.copysign(torch.full_like(c, lr), c)
     return (1 - lr * weight_decay) * p - step, beta2 * m + (1 - beta2) * g
 
 
-def coupled_decay(p, g, m, *, lr, beta1, beta2, weight_decay):
+def coupled_decay(p, g, m, *, lr, beta1, beta2, weight_decay, **_):
     g = g + weight_decay * p
     c = beta1 * m + (1 - beta1) * g
     return p - lr * torch.sign(c), beta2 * m + (1 - beta2) * g
 
 
-def no_decay(p, g, m, *, lr, beta1, beta2, weight_decay):
+def no_decay(p, g, m, *, lr, beta1, beta2, weight_decay, **_):
     c = beta1 * m + (1 - beta1) * g
     return p - lr * torch.sign(c), beta2 * m + (1 - beta2) * g
 
 
-def decay_of_the_new_value(p, g, m, *, lr, beta1, beta2, weight_decay):
+def decay_of_the_new_value(p, g, m, *, lr, beta1, beta2, weight_decay, **_):
     c = beta1 * m + (1 - beta1) * g
     return (1 - lr * weight_decay) * (p - lr * torch.sign(c)), beta2 * m + (1 - beta2) * g
 
 
-def betas_exchanged(p, g, m, *, lr, beta1, beta2, weight_decay):
+def betas_exchanged(p, g, m, *, lr, beta1, beta2, weight_decay, **_):
     c = beta2 * m + (1 - beta2) * g
     return (1 - lr * weight_decay) * p - lr * torch.sign(c), beta1 * m + (1 - beta1) * g
 
 
-def ascent(p, g, m, *, lr, beta1, beta2, weight_decay):
+def ascent(p, g, m, *, lr, beta1, beta2, weight_decay, **_):
     c = beta1 * m + (1 - beta1) * g
     return (1 - lr * weight_decay) * p + lr * torch.sign(c), beta2 * m + (1 - beta2) * g
 
 
-def half_precision(p, g, m, *, lr, beta1, beta2, weight_decay):
+def half_precision(p, g, m, *, lr, beta1, beta2, weight_decay, **_):
     c = beta1 * m + (1 - beta1) * g
     new = (1 - lr * weight_decay) * p - lr * torch.sign(c)
     return new, (beta2 * m + (1 - beta2) * g).bfloat16().float()
@@ -137,7 +137,7 @@ def test_notices_a_wrong_road(monkeypatch, what):
 def test_notices_a_wrong_adamw(monkeypatch, mistake):
     original = reference.adamw
 
-    def wrong(p, g, m, v, step, *, lr, beta1, beta2, eps, weight_decay):
+    def wrong(p, g, m, v, step, *, lr, beta1, beta2, eps, weight_decay, **_):
         if mistake == "no correction":
             step = 10**6
         elif mistake == "float step":

@@ -341,7 +341,8 @@ def device_step(
     native = _native.C.Step(opt._faults(), grad_scale, found_inf)
     with mock.patch.object(optimizer, "_learning_rate", lambda group: group["lr"]):
         for index, group in enumerate(opt.param_groups):
-            assert opt._add_to_native(native, index, group, []) == []
+            part = optimizer._Part()
+            assert opt._add_to_native(native, index, group, part, {}, []) == []
     native.prepare()
     assert not native.cancelled()
     native.apply()

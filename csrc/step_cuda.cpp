@@ -150,6 +150,12 @@ class CudaStep final : public DeviceStep {
 
   void add(Update& u) override {
     check_update(u);
+    // The kernels look at float32 values, where the smallest float64 ones are zero.
+    if (u.rule.touched == Touched::kNonzero && u.grad.defined() &&
+        u.grad.scalar_type() == at::kDouble && u.param.scalar_type() != at::kDouble) {
+      u.mask = u.grad.ne(0).flatten(1).any(1).to(at::kByte);
+      u.rule.touched = Touched::kMasked;
+    }
     std::unique_ptr<OneDevice>& device = devices_[u.param.device().index()];
     if (!device) device = std::make_unique<OneDevice>(context_, u.param.device());
     device->add(u);

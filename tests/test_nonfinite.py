@@ -498,6 +498,7 @@ def test_parameters_without_names_are_named_by_position(fused):
         opt.step()
 
 
+@pytest.mark.indices_checked_at_once
 @backends
 def test_a_bad_index_is_reported_whatever_the_values(fused):
     p = parameter(4, 2)

@@ -45,6 +45,16 @@ inline void check_device(const Update& u, const at::Tensor& t, const char* what)
     refuse(u, what, " has layout ", t.layout(), ", expected ", at::kStrided);
 }
 
+// A state with a number for each row, or one for the whole parameter.
+inline void check_row_state(const Update& u, const at::Tensor& t, const char* name) {
+  if (t.defined() &&
+      !(t.scalar_type() == at::kInt && t.is_contiguous() && t.device() == u.param.device() &&
+        t.dim() <= u.param.dim() && t.sizes() == u.param.sizes().slice(0, t.dim())))
+    refuse(u, "the state ", name, " must be a contiguous int32 tensor on ", u.param.device(),
+           " of the parameter's first dimensions, got ", t.scalar_type(), " ", t.sizes(), " on ",
+           t.device());
+}
+
 inline void check_update(const Update& u) {
   const at::Tensor& param = u.param;
   check_device(u, param, "the parameter");
@@ -68,13 +78,8 @@ inline void check_update(const Update& u) {
                              u.step.numel() == 1 && u.step.device() == param.device()))
     refuse(u, "the state step must be one int64 element on ", param.device());
 
-  if (u.window.defined() &&
-      !(u.window.scalar_type() == at::kInt && u.window.is_contiguous() &&
-        u.window.device() == param.device() && u.window.dim() <= param.dim() &&
-        u.window.sizes() == param.sizes().slice(0, u.window.dim())))
-    refuse(u, "the state window must be a contiguous int32 tensor on ", param.device(),
-           " of the parameter's first dimensions, got ", u.window.scalar_type(), " ",
-           u.window.sizes(), " on ", u.window.device());
+  check_row_state(u, u.window, "window");
+  check_row_state(u, u.last_step, "last_step");
   if (u.rule.touched == Touched::kMasked && u.grad.defined() &&
       !(u.mask.defined() && u.mask.scalar_type() == at::kByte && u.mask.is_contiguous() &&
         u.mask.device() == param.device() && u.mask.numel() == param.size(0)))

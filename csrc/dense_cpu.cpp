@@ -51,7 +51,8 @@ void DenseRoad::decide(Look& l) const {
   for (int64_t i = 0; i < l.item->numel; i += kElementsPerTask)
     facts.add(facts_[l.first_chunk + i / kElementsPerTask]);
   const Verdict verdict = judge(l.rule, facts);
-  if (verdict != Verdict::kUpdate) l.item->rule.step = nullptr, l.item->rule.window = nullptr;
+  if (verdict != Verdict::kUpdate)
+    l.item->rule.step = nullptr, l.item->rule.window = nullptr, l.item->rule.last_step = nullptr;
   if (verdict == Verdict::kSkip) l.item->numel = 0;
   if (verdict == Verdict::kShrink) l.rule.kind = RuleKind::kShrink;
   if (l.rule.scale != Scale::kNone) l.rule.lr *= facts.rate(l.rule, l.item->numel);

@@ -12,6 +12,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <atomic>
 #include <map>
 #include <memory>
 #include <optional>
@@ -19,6 +20,7 @@
 #include <vector>
 
 #include "checks.h"
+#include "history.h"
 #include "step.h"
 
 namespace py = pybind11;
@@ -81,6 +83,58 @@ RuleParams make_rule(RuleKind kind, double beta1, double beta2, double eps, doub
   return r;
 }
 
+// The hyperparameters of a group's steps, where the kernels find them.
+class History {
+ public:
+  void append(int64_t step, double lr, double weight_decay, double beta1, double beta2) {
+    const int64_t count = static_cast<int64_t>(stretches_.size());
+    stretches_.emplace_back();
+    stretches_.resize(append_step(stretches_.data(), count, step, lr, weight_decay, beta1, beta2));
+  }
+
+  // The rule of a group in a lazy mode whose rows are to be brought up to step `current`.
+  void use(RuleParams& rule, const std::string& mode, int32_t current) {
+    if (current != current_ || stretches_.size() != known_) {
+      static std::atomic<uint32_t> states{0};
+      number_ = ++states;
+      current_ = current;
+      known_ = stretches_.size();
+    }
+    rule.lazy = option<Lazy, 3>("lazy", mode, {"frozen", "decay", "exact"});
+    rule.current = current;
+    rule.history = number_;
+    rule.stretches = stretches_.data();
+    rule.stretch_count = static_cast<int64_t>(known_);
+  }
+
+ private:
+  std::vector<Stretch> stretches_;
+  size_t known_ = 0;
+  int32_t current_ = -1;
+  uint32_t number_ = 0;
+};
+
+// Brings a table's rows up to date: those of `ids`, or rows [begin, end). Returns how many were
+// written, or None without kernels for the parameter.
+std::optional<int64_t> catch_up(const at::Tensor& param, const std::vector<at::Tensor>& states,
+                                const at::Tensor& last_step, const RuleParams& rule,
+                                const std::optional<at::Tensor>& ids, int64_t begin, int64_t end) {
+  const CatchUpFunction function = catch_up_function(param.device().type());
+  if (!function || !plain(param) || param.layout() != at::kStrided ||
+      !is_storage_type(param.scalar_type()))
+    return std::nullopt;
+  const RuleNames& names = rule_names(rule.kind);
+  if (states.size() != static_cast<size_t>(names.states))
+    throw py::value_error("catch_up: expected " + std::to_string(names.states) + " states");
+  Update u;
+  u.param = param;
+  u.last_step = last_step;
+  u.rule = rule;
+  for (int k = 0; k < names.states; ++k) u.states[k] = states[k];
+  py::gil_scoped_release release;
+  return function(u, ids ? *ids : at::Tensor(), begin, end);
+}
+
 class Step {
  public:
   // `faults` must outlive the step.
@@ -93,9 +147,10 @@ class Step {
 
   // Adds the parameters of one group that have a gradient or, where the rule adds none, a window;
   // of all, or of those at `positions`. `rows` has, by parameter, the mask of its touched rows, or
-  // the list of those of its window. Returns (without_state, not_native): positions of parameters
-  // that were not added because their state must be created first, or because no native kernel can
-  // update them.
+  // the list of those of its window. Returns (without_state, not_native, lagging): positions of
+  // parameters that were not added because their state must be created first, or because no native
+  // kernel can update them; and of those that were, but have rows that must catch up before
+  // `apply`.
   py::tuple add_group(const py::list& params, const py::dict& state, int group,
                       const RuleParams& group_rule, const py::object& lr, const py::dict& rows,
                       const std::optional<std::vector<int64_t>>& positions) {
@@ -104,7 +159,8 @@ class Step {
     for (int k = 0; k < names.states; ++k) keys[k] = interned(names.state_names[k]);
     PyObject* const step_key = interned("step");
     PyObject* const window_key = interned("window");
-    py::list without_state, not_native;
+    PyObject* const last_step_key = interned("last_step");
+    py::list without_state, not_native, lagging;
     Update u;
     RuleParams rule = group_rule;
     if (THPVariable_Check(lr.ptr())) u.lr = tensor(lr);
@@ -136,6 +192,8 @@ class Step {
       for (int k = 0; k < names.states && complete; ++k) complete = read(own, keys[k], u.states[k]);
       if (names.counts_steps && complete) complete = read(own, step_key, u.step);
       if (rule.window && complete) complete = read(own, window_key, u.window);
+      const bool lazy = rule.lazy != Lazy::kFrozen;
+      if (lazy && complete) complete = read(own, last_step_key, u.last_step);
       if (PyErr_Occurred()) throw py::error_already_set();
       if (!rule.adds && !complete) continue;
       const bool by_rows = rule.touched != Touched::kAll && u.param.dim() >= 2;
@@ -143,6 +201,13 @@ class Step {
         complete = sparse ? u.window.dim() == u.grad.sparse_dim()
                           : u.window.dim() > 0 || !(by_rows || rule.scale == Scale::kRows) ||
                                 u.param.dim() == 0;
+      if (lazy && complete && rule.adds) {
+        const int64_t dims = u.last_step.dim();
+        complete = sparse ? dims == u.grad.sparse_dim()
+                   : u.window.defined() && u.window.dim() > 0
+                       ? dims == u.window.dim()
+                       : dims > 0 || !(by_rows || u.param.dim() >= 2);
+      }
       if (!complete) {
         without_state.append(i);
         continue;
@@ -168,6 +233,7 @@ class Step {
         if (rule.adds) u.mask = t;
         else if (t.size(0) > 0 && u.window.dim() > 0) u.indices = t;
       }
+      if (lazy && rule.adds && !sparse && !goes_by_rows(u) && lags(u)) lagging.append(i);
       device->add(u);
       u.grad.reset();
       u.indices.reset();
@@ -175,7 +241,7 @@ class Step {
       u.mask.reset();
       u.coalesced = false;
     }
-    return py::make_tuple(without_state, not_native);
+    return py::make_tuple(without_state, not_native, lagging);
   }
 
   void prepare() {
@@ -200,6 +266,15 @@ class Step {
     if (auto it = devices_.find(type); it != devices_.end()) return it->second.get();
     const DeviceStepFactory make = device_step_factory(type);
     return make ? (devices_[type] = make(context_)).get() : nullptr;
+  }
+
+  // Whether any row is behind the step before this one.
+  static bool lags(const Update& u) {
+    if (u.last_step.scalar_type() != at::kInt || !u.last_step.is_contiguous()) return false;
+    const int32_t* last = u.last_step.const_data_ptr<int32_t>();
+    for (int64_t r = 0; r < u.last_step.numel(); ++r)
+      if (current_up_to(last[r]) < u.rule.current) return true;
+    return false;
   }
 
   static const at::Tensor& tensor(py::handle object) {
@@ -256,7 +331,12 @@ void bind_eager(py::module_& m) {
       .value("ADAMW", RuleKind::kAdamW)
       .value("ADAMW_WITHOUT_MOMENT1", RuleKind::kAdamWWithoutMoment1)
       .value("MOMENTUM", RuleKind::kMomentum);
+  py::class_<History>(m, "History")
+      .def(py::init<>())
+      .def("append", &History::append)
+      .def("use", &History::use, py::keep_alive<2, 1>());
   py::class_<RuleParams>(m, "Rule").def(py::init(&make_rule));
+  m.def("catch_up", &catch_up);
 
   py::class_<Faults>(m, "Faults").def(py::init<>());
   py::class_<Step>(m, "Step")

@@ -22,8 +22,13 @@ void ItemBuilder::add(const Update& u, const double* lr, int64_t* step) {
   written_.push_back(u.param);
   if (u.step.defined()) written_.push_back(u.step);
   if (u.window.defined()) written_.push_back(u.window);
-  const RuleUse rule{shared_rule(u.rule), lr, step,
-                     u.window.defined() ? u.window.mutable_data_ptr<int32_t>() : nullptr};
+  if (u.last_step.defined()) written_.push_back(u.last_step);
+  const RuleUse rule{shared_rule(u.rule),
+                     lr,
+                     step,
+                     u.window.defined() ? u.window.mutable_data_ptr<int32_t>() : nullptr,
+                     u.last_step.defined() ? u.last_step.mutable_data_ptr<int32_t>() : nullptr,
+                     u.last_step.defined() ? u.last_step.numel() : 0};
   if ((u.indices.defined() ? u.indices.size(1) : u.param.numel()) == 0) idle_.push_back(rule);
   else if (u.indices.defined()) add_rows(u, rule);
   else if (goes_by_rows(u)) add_direct(u, rule);
@@ -50,7 +55,7 @@ Stream ItemBuilder::writable(const Update& u, const at::Tensor& t, const at::Ten
   const at::Tensor copy = at::empty_strided(t.sizes(), order.strides(), t.options());
   copy.copy_(t);
   copy_back_.emplace_back(t, copy);
-  if (!u.rule.adds) late_copies_.emplace_back(t, copy);
+  if (!u.rule.adds || u.last_step.defined()) late_copies_.emplace_back(t, copy);
   return {copy.mutable_data_ptr(), storage};
 }
 
@@ -117,8 +122,22 @@ void ItemBuilder::add_rows(const Update& u, RuleUse rule) {
   row_places_.push_back({u.group, u.position});
 }
 
+void ItemBuilder::add_table(const Update& u) {
+  const RuleUse rule{
+      shared_rule(u.rule), nullptr, nullptr, nullptr, u.last_step.mutable_data_ptr<int32_t>(),
+      u.last_step.numel()};
+  for (int k = 0; k < rule_names(u.rule.kind).states; ++k) written_.push_back(u.states[k]);
+  written_.push_back(u.param);
+  written_.push_back(u.last_step);
+  RowsItem item = rows_item(u, rule, u.last_step.dim());
+  item.direct = true;
+  item.entries = item.rows;
+  direct_.push_back(item);
+  direct_places_.push_back({u.group, u.position});
+}
+
 void ItemBuilder::add_direct(const Update& u, RuleUse rule) {
-  const int64_t sparse_dim = u.window.defined() && u.window.dim() > 0 ? u.window.dim() : 1;
+  const int64_t sparse_dim = row_dims(u);
   RowsItem item = rows_item(u, rule, sparse_dim);
   item.direct = true;
   item.entries = item.rows;

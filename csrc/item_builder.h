@@ -19,7 +19,11 @@ class ItemBuilder {
   // A learning rate in device memory (a float64 element) or null, and likewise AdamW's counter.
   void add(const Update& u, const double* lr = nullptr, int64_t* step = nullptr);
 
-  // Before the items are updated: what closes an accumulation window follows another update.
+  // A table whose rows are only to catch up: a direct item without values.
+  void add_table(const Update& u);
+
+  // Before the items are updated: what closes an accumulation window follows another update, and a
+  // strided gradient may follow the catch-up of rows that lag behind.
   void start() const;
 
   // After the items were updated: writes copies back to tensors whose memory could not be updated

@@ -29,6 +29,9 @@ struct RuleUse {
   int64_t* step = nullptr;     // if set: AdamW's counter, in the item's device memory
   // If set: the accumulation window that the tensor, or each row, was last part of, contiguous.
   int32_t* window = nullptr;
+  // If set, in a lazy mode: the clock of the tensor (last_steps == 1) or of each of its rows.
+  int32_t* last_step = nullptr;
+  int64_t last_steps = 0;
 };
 
 // One parameter with a strided gradient. All streams share one element order.

@@ -5,8 +5,10 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <type_traits>
 
+#include "history.h"
 #include "items.h"
 #include "norm_part.h"
 
@@ -50,6 +52,9 @@ struct CpuKernels {
   // The touched ones of rows [begin, end) of a direct item.
   void (*direct)(const RowsItem& item, int64_t begin, int64_t end);
   bool (*direct_finite)(const RowsItem& item, int64_t begin, int64_t end);
+  // Brings rows ids[begin, end) of a table, or without ids rows [begin, end), up to its rule's
+  // `current` step. Returns how many were written. Ids may repeat, in other threads too.
+  int64_t (*catch_up)(const RowsItem& item, const int64_t* ids, int64_t begin, int64_t end);
   // The sum of at most kPiece entries [begin, end) of one row, left to right, into out[dim].
   void (*sum_piece)(const RowsItem& item, const SortedEntries& sorted, int64_t begin, int64_t end,
                     void* out);

@@ -403,6 +403,7 @@ class Prefetcher {
     if (row == row_) return;
     row_ = row;
     const int64_t r = static_cast<int64_t>(row) - item_.first_row;
+    if (item_.rule.last_step) __builtin_prefetch(item_.rule.last_step + r, 1, 2);
     for (int k = 0; k < count_; ++k)
       prefetch_bytes(streams_[k].data + r * streams_[k].row_bytes + column * streams_[k].size,
                      n * streams_[k].size);
@@ -421,6 +422,76 @@ class Prefetcher {
   uint64_t row_ = ~uint64_t{0};  // the last one fetched
 };
 
+// What skipped steps do to a row, as constants: many rows of a step have skipped the same ones.
+// `from` and params.current are steps.
+template <typename T, typename Rule>
+class CatchUpTable {
+ public:
+  explicit CatchUpTable(const RowsItem& item) : params_(*item.rule.params), memory_(memory()) {
+    for (int k = 0; k < Rule::kStates; ++k) floor_[k] = smallest(item.states[k].storage);
+  }
+
+  CatchUp<T> operator()(int32_t from) const {
+    Entry& entry = memory_[static_cast<uint32_t>(from) % kEntries];
+    const uint64_t key = params_.history << 32 | static_cast<uint32_t>(from);
+    if (entry.key != key) fill(entry, key, from);
+    CatchUp<T> c;
+    c.decay = static_cast<T>(entry.decay);
+    c.drift = static_cast<T>(entry.drift);
+    for (int k = 0; k < Rule::kStates; ++k) {
+      // State k decays by beta1 or beta2, in the order of the states; the sign rules' only one by
+      // the last beta.
+      const bool first = Rule::kStates == 2 && k == 0;
+      const double factor = first ? entry.beta1 : entry.beta2;
+      c.factor[k] = static_cast<T>(factor);
+      if (factor == 0.0) continue;
+      const T least = std::numeric_limits<T>::min();
+      if (c.factor[k] < least) c.factor[k] = least;  // Inf must not become NaN
+      c.floor[k] = floor_[k];
+    }
+    return c;
+  }
+
+ private:
+  struct Entry {
+    uint64_t key = 0;
+    double decay, drift, beta1, beta2;
+  };
+  static constexpr int kEntries = 1024;
+
+  static Entry* memory() {
+    static thread_local Entry entries[kEntries];
+    return entries;
+  }
+
+  __attribute__((noinline)) void fill(Entry& entry, uint64_t key, int32_t from) const {
+    const SkippedSteps s =
+        skipped_steps(params_.stretches, params_.stretch_count, from, params_.current);
+    entry.decay = std::exp(s.log_decay);
+    entry.drift = s.drift;
+    const double least = std::numeric_limits<double>::min();
+    const auto power = [&](double log, bool zero) {
+      const double p = std::exp(log);
+      return zero ? 0.0 : p < least ? least : p;
+    };
+    entry.beta1 = Rule::kStates == 2 ? power(s.log_beta1, s.zero_beta1) : 1.0;
+    entry.beta2 = power(s.log_beta2, s.zero_beta2);
+    entry.key = key;
+  }
+
+  // What decay alone does not take a state below: its storage would round it to 0, or a mode of
+  // the processor take it for 0.
+  static T smallest(Storage storage) {
+    if (storage == Storage::kFloat16) return static_cast<T>(0x1p-24);
+    if (storage == Storage::kFloat64) return std::numeric_limits<T>::min();
+    return static_cast<T>(std::numeric_limits<float>::min());
+  }
+
+  const RuleParams& params_;
+  Entry* const memory_;
+  T floor_[kMaxStates] = {};
+};
+
 // Updates one row at a time, after a look at it if its rule asks for one.
 template <typename T, typename Rule, bool kInPlace>
 class RowUpdate {
@@ -429,17 +500,30 @@ class RowUpdate {
       : item_(item),
         params_(*item.rule.params),
         rule_(params_),
+        catch_up_(item),
         careful_(params_.looks() || item.rule.window) {}
 
   // grad_of(column, n) is block [column, column + n) of the row's summed gradient.
   template <typename GradOf>
   TIGER_EXT_INLINE void operator()(int64_t row, const GradOf& grad_of) const {
-    Place at;
-    at.param = item_.param_layout.offset(row);
-    for (int k = 0; k < Rule::kStates; ++k) at.states[k] = item_.state_layouts[k].offset(row);
-    if (!careful_) return update(rule_, at, grad_of);
+    const Place at = place(row);
+    if (!careful_) return update_current(rule_, row, at, grad_of);
     Rule own = rule_;
-    if (decide(own, row, at, grad_of)) update(own, at, grad_of);
+    if (decide(own, row, at, grad_of)) update_current(own, row, at, grad_of);
+  }
+
+  // Only the catch-up. Returns whether there was one. Threads may share rows.
+  bool catch_up(int64_t row) const {
+    int32_t* const last = item_.rule.last_step + row;
+    const int32_t current = params_.current;
+    int32_t old = __atomic_load_n(last, __ATOMIC_RELAXED);
+    if (current_up_to(old) >= current) return false;
+    const int32_t now = old < 0 ? -1 - current : current;
+    if (!__atomic_compare_exchange_n(last, &old, now, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED))
+      return false;  // another thread does it
+    update_after(NoUpdate<T, Rule::kStates>(), current_up_to(old), place(row),
+                 [](int64_t, int64_t) { return zeros<T>(); });
+    return true;
   }
 
  private:
@@ -448,8 +532,38 @@ class RowUpdate {
     int64_t states[kMaxStates];
   };
 
+  Place place(int64_t row) const {
+    Place at;
+    at.param = item_.param_layout.offset(row);
+    for (int k = 0; k < Rule::kStates; ++k) at.states[k] = item_.state_layouts[k].offset(row);
+    return at;
+  }
+
+  // The update of a row that has caught up with the steps it skipped.
   template <typename GradOf>
-  TIGER_EXT_INLINE void update(const Rule& rule, const Place& at, const GradOf& grad_of) const {
+  TIGER_EXT_INLINE void update_current(const Rule& rule, int64_t row, const Place& at,
+                                       const GradOf& grad_of) const {
+    if (item_.rule.last_step) {
+      int32_t& last = item_.rule.last_step[row];
+      const int32_t from = current_up_to(last);
+      last = params_.updated();
+      if (from < params_.current) return update_after(rule, from, at, grad_of);
+    }
+    update(rule, at, grad_of);
+  }
+
+  template <typename AnyRule, typename GradOf>
+  TIGER_EXT_INLINE void update_after(const AnyRule& rule, int32_t from, const Place& at,
+                                     const GradOf& grad_of) const {
+    const CatchUp<T> c = catch_up_(from);
+    if constexpr (std::is_base_of_v<Momentum<T>, Rule>)
+      if (params_.lazy == Lazy::kExact)
+        return update(AfterCatchUp<T, AnyRule, true>(rule, c), at, grad_of);
+    update(AfterCatchUp<T, AnyRule, false>(rule, c), at, grad_of);
+  }
+
+  template <typename AnyRule, typename GradOf>
+  TIGER_EXT_INLINE void update(const AnyRule& rule, const Place& at, const GradOf& grad_of) const {
     for (int64_t c = 0; c < item_.dim; c += kBlock) {
       const int64_t n = item_.dim - c < kBlock ? item_.dim - c : kBlock;
       const T* const grad = grad_of(c, n);
@@ -487,7 +601,10 @@ class RowUpdate {
     if (params_.looks()) {
       const Facts facts = look(rule, at, grad_of);
       const Verdict verdict = judge(params_, facts);
-      if (verdict == Verdict::kShrink) shrink(at);
+      if (verdict == Verdict::kShrink) {
+        if (item_.rule.last_step) catch_up(row);
+        shrink(at);
+      }
       if (verdict != Verdict::kUpdate) return false;
       if constexpr (std::is_base_of_v<Momentum<T>, Rule>)
         if (params_.scale != Scale::kNone) rule.scale(facts.rate(params_, item_.dim));
@@ -539,6 +656,7 @@ class RowUpdate {
   const RowsItem& item_;
   const RuleParams& params_;
   const Rule rule_;
+  const CatchUpTable<T, Rule> catch_up_;
   const bool careful_;
 };
 
@@ -673,6 +791,46 @@ struct RowsOfRule {
   }
 };
 
+// Brings rows of a table up to date: ids[begin, end), or without ids rows [begin, end).
+template <typename T, typename Rule>
+struct CatchUpOfRule {
+  static int64_t run(const RowsItem& item, const int64_t* ids, int64_t begin, int64_t end) {
+    return updates_rows_in_place<T, Rule>(item) ? rows<true>(item, ids, begin, end)
+                                                : rows<false>(item, ids, begin, end);
+  }
+
+ private:
+  template <bool kInPlace>
+  static int64_t rows(const RowsItem& item, const int64_t* ids, int64_t begin, int64_t end) {
+    constexpr int64_t kClockAhead = 64, kRowAhead = 16;
+    const RowUpdate<T, Rule, kInPlace> update(item);
+    int64_t written = 0;
+    for (int64_t i = begin; i < end; ++i) {
+      if (ids) {
+        if (i + kClockAhead < end)
+          __builtin_prefetch(item.rule.last_step + ids[i + kClockAhead], 1, 2);
+        if (i + kRowAhead < end) fetch<kInPlace>(item, ids[i + kRowAhead]);
+      }
+      written += update.catch_up(ids ? ids[i] : i);
+    }
+    return written;
+  }
+
+  template <bool kInPlace>
+  static TIGER_EXT_INLINE void fetch(const RowsItem& item, int64_t row) {
+    if constexpr (kInPlace) {
+      const int32_t last = __atomic_load_n(item.rule.last_step + row, __ATOMIC_RELAXED);
+      if (current_up_to(last) >= item.rule.params->current) return;
+      const int64_t bytes = item.dim * static_cast<int64_t>(sizeof(T));
+      const int64_t reach = bytes < 1024 ? bytes : 1024;
+      prefetch_bytes(static_cast<const T*>(item.param.data) + item.param_layout.offset(row), reach);
+      for (int k = 0; k < Rule::kStates; ++k)
+        prefetch_bytes(
+            static_cast<const T*>(item.states[k].data) + item.state_layouts[k].offset(row), reach);
+    }
+  }
+};
+
 template <typename T>
 void combine_pieces_as(const RowsItem& item, void* pieces, int64_t count) {
   T* __restrict total = static_cast<T*>(pieces);
@@ -757,6 +915,14 @@ void direct(const RowsItem& item, int64_t begin, int64_t end) {
   });
 }
 
+int64_t catch_up(const RowsItem& item, const int64_t* ids, int64_t begin, int64_t end) {
+  int64_t written = 0;
+  with_rule(item, [&]<typename T, typename Rule>() {
+    if constexpr (Rule::kStates > 0) written = CatchUpOfRule<T, Rule>::run(item, ids, begin, end);
+  });
+  return written;
+}
+
 bool rows_finite(const RowsItem& item, const SortedEntries& sorted, const LongRuns& long_runs,
                  int64_t begin, int64_t end) {
   bool finite = true;
@@ -791,9 +957,8 @@ void combine_pieces(const RowsItem& item, void* pieces, int64_t count) {
 #include "row_norms_cpu.inl"
 
 constexpr CpuKernels table(const char* name) {
-  return {name,           dense,         look,      rows,           rows_finite,
-          direct,         direct_finite, sum_piece, combine_pieces, repeated_rows_norm,
-          other_rows_norm};
+  return {name,          dense,    look,      rows,           rows_finite,        direct,
+          direct_finite, catch_up, sum_piece, combine_pieces, repeated_rows_norm, other_rows_norm};
 }
 
 }  // namespace

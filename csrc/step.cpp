@@ -14,6 +14,11 @@ std::array<DeviceStepFactory, c10::COMPILE_TIME_MAX_DEVICE_TYPES>& factories() {
   return table;
 }
 
+std::array<CatchUpFunction, c10::COMPILE_TIME_MAX_DEVICE_TYPES>& catch_up_functions() {
+  static std::array<CatchUpFunction, c10::COMPILE_TIME_MAX_DEVICE_TYPES> table{};
+  return table;
+}
+
 constexpr RuleNames kRules[] = {
     {RuleKind::kSignMomentum, 1, {"exp_avg", nullptr}, false},
     {RuleKind::kAdamW, 2, {"exp_avg", "exp_avg_sq"}, true},
@@ -31,6 +36,14 @@ DeviceStepFactory device_step_factory(c10::DeviceType device) {
   return factories()[static_cast<size_t>(device)];
 }
 
+CatchUpRegistration::CatchUpRegistration(c10::DeviceType device, CatchUpFunction function) {
+  catch_up_functions()[static_cast<size_t>(device)] = function;
+}
+
+CatchUpFunction catch_up_function(c10::DeviceType device) {
+  return catch_up_functions()[static_cast<size_t>(device)];
+}
+
 UpdateError nonfinite_gradient(UpdatePlace place) {
   return {UpdateError::Kind::kNonfinite, place, "the gradient has a NaN or Inf"};
 }
@@ -39,6 +52,11 @@ bool goes_by_rows(const Update& u) {
   if (u.window.defined() && u.window.dim() > 0) return true;
   return u.param.dim() > 0 &&
          (u.rule.scale == Scale::kRows || (u.rule.touched != Touched::kAll && u.param.dim() >= 2));
+}
+
+int64_t row_dims(const Update& u) {
+  if (u.window.defined() && u.window.dim() > 0) return u.window.dim();
+  return u.last_step.defined() && u.last_step.dim() > 0 ? u.last_step.dim() : 1;
 }
 
 UpdateError bad_index(UpdatePlace place, int64_t entry, int64_t index, int64_t dimension,

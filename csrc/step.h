@@ -36,6 +36,9 @@ struct Update {
   // In an accumulation window: which window each row (shape: the parameter's first dimensions) or
   // the whole parameter (0-dim) was last part of; int32, contiguous.
   at::Tensor window;
+  // In a lazy mode: the step up to which each row (shape: the parameter's first dimensions) or the
+  // whole parameter (0-dim) is current; int32, contiguous.
+  at::Tensor last_step;
   // For Touched::kMasked: uint8, one element for each index of the first dimension.
   at::Tensor mask;
   at::Tensor lr;  // if defined: one element that takes the place of rule.lr
@@ -112,5 +115,20 @@ const RuleNames& rule_names(RuleKind kind);
 
 // Whether the update goes by rows, found in a strided gradient or in the window.
 bool goes_by_rows(const Update& u);
+
+// How many leading dimensions make a row of it, if its gradient is strided.
+int64_t row_dims(const Update& u);
+
+// Brings rows of a table up to date with step u.rule.current: those of `ids` (int64, any number of
+// times each, any shape), or if undefined rows [begin, end). Returns how many were written.
+// Everything is checked before the first write.
+using CatchUpFunction = int64_t (*)(Update& u, const at::Tensor& ids, int64_t begin, int64_t end);
+
+struct CatchUpRegistration {
+  CatchUpRegistration(c10::DeviceType device, CatchUpFunction function);
+};
+
+// Null when this build has no kernels for the device.
+CatchUpFunction catch_up_function(c10::DeviceType device);
 
 }  // namespace tiger_ext

@@ -4,11 +4,14 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
 
+#include <algorithm>
+#include <atomic>
 #include <memory>
 #include <vector>
 
 #include "checks.h"
 #include "item_builder.h"
+#include "parallel_cpu.h"
 #include "roads_cpu.h"
 #include "row_plan_cpu.h"
 #include "step.h"
@@ -59,13 +62,18 @@ class CpuStep final : public DeviceStep {
     builder_.start();
     // A parameter that no gradient of the window reached does not move.
     for (DenseItem& item : builder_.dense())
-      if (!item.rule.params->adds && *item.rule.window != item.rule.params->window) item.numel = 0;
+      if (!item.rule.params->adds && *item.rule.window != item.rule.params->window) {
+        item.numel = 0;
+        item.rule.last_step = nullptr;
+      }
     dense_road_.run();
     direct_road_.run();
     rows_road_.run();
     for (const DenseItem& item : builder_.dense()) {
       if (item.rule.step) ++*item.rule.step;
       if (item.rule.window) *item.rule.window = item.rule.params->window;
+      if (item.rule.last_step)
+        std::fill_n(item.rule.last_step, item.rule.last_steps, item.rule.params->updated());
     }
     for (const RowsItem& item : builder_.direct()) advance(item.rule);
     for (const RowsItem& item : builder_.rows()) advance(item.rule);
@@ -105,6 +113,40 @@ class CpuStep final : public DeviceStep {
   DirectRoad direct_road_;
   RowsRoad rows_road_;
 };
+
+constexpr int64_t kElementsPerTask = 65536;
+
+int64_t catch_up(Update& u, const at::Tensor& ids, int64_t begin, int64_t end) {
+  const at::NoGradGuard no_grad;
+  check_update(u);
+  ItemBuilder builder;
+  builder.add_table(u);
+  const RowsItem& item = builder.direct().front();
+  at::Tensor list;
+  const int64_t* rows = nullptr;
+  if (ids.defined()) {
+    list = ids.to(at::kLong).contiguous();
+    rows = list.const_data_ptr<int64_t>();
+    begin = 0;
+    end = list.numel();
+    for (int64_t i = 0; i < end; ++i)
+      if (rows[i] < 0 || rows[i] >= item.rows)
+        throw UpdateError(UpdateError::Kind::kIndex, {u.group, u.position},
+                          c10::str("id ", rows[i], " is out of range for ", item.rows, " rows"));
+  }
+  if (item.dim == 0) return 0;
+  const int64_t rows_per_task =
+      std::clamp<int64_t>(kElementsPerTask / std::max<int64_t>(item.dim, 1), 1, 4096);
+  std::atomic<int64_t> written{0};
+  for_each_task((end - begin + rows_per_task - 1) / rows_per_task, [&](int64_t task) {
+    const int64_t first = begin + task * rows_per_task;
+    written += cpu_kernels().catch_up(item, rows, first, std::min(first + rows_per_task, end));
+  });
+  if (written > 0) builder.finish();
+  return written;
+}
+
+const CatchUpRegistration catch_up_registration(c10::DeviceType::CPU, catch_up);
 
 const DeviceRegistration registration(c10::DeviceType::CPU, [](const StepContext& context) {
   return std::unique_ptr<DeviceStep>(std::make_unique<CpuStep>(context));

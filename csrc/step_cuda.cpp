@@ -146,7 +146,7 @@ class CudaStep final : public DeviceStep {
  public:
   explicit CudaStep(const StepContext& context) : context_(context) {}
 
-  bool supports(const RuleParams&) const override { return true; }
+  bool supports(const RuleParams& rule) const override { return rule.lazy == Lazy::kFrozen; }
 
   void add(Update& u) override {
     check_update(u);

@@ -46,6 +46,15 @@ enum class Nonfinite : int8_t { kPropagate, kSkip, kShrink, kRaise };
 // Which rows a strided gradient touches.
 enum class Touched : int8_t { kAll, kNonzero, kMasked };
 
+// What becomes of the steps in which a row was not touched.
+enum class Lazy : int8_t {
+  kFrozen,  // nothing
+  kDecay,   // the decay of parameter and state is made up for at the next touch
+  kExact,   // so are the steps along the sign of the momentum
+};
+
+struct Stretch;
+
 // What the rules need to know, in double, independent of the arithmetic type: one per tensor and
 // step.
 struct RuleParams {
@@ -74,6 +83,15 @@ struct RuleParams {
   bool decays = true;      // the momentum decays, once per window
   bool adds = true;        // there is a gradient
   bool moves = true;       // the parameter moves, once per window
+
+  Lazy lazy = Lazy::kFrozen;
+  int32_t current = 0;   // in a lazy mode: the step up to which a row is brought before its update
+  uint64_t history = 0;  // a number of its own for each state of each history
+  const Stretch* stretches = nullptr;  // of the history (history.h), in the device's memory
+  int64_t stretch_count = 0;
+
+  // The step up to which a row is current after its update.
+  TIGER_EXT_INLINE int32_t updated() const { return moves ? current + 1 : current; }
 
   friend bool operator==(const RuleParams& a, const RuleParams& b) = default;
 
@@ -260,6 +278,76 @@ struct AdamWWithoutMoment1 : AdamW<T> {
     AdamW<T>::operator()(grad, p, m, v);
   }
 };
+
+// A row's state `last_step`: the step up to which it is current; -1 minus that if no gradient has
+// ever touched it.
+TIGER_EXT_INLINE int32_t current_up_to(int32_t last_step) {
+  return last_step < 0 ? -1 - last_step : last_step;
+}
+
+// What the steps that a row skipped do to each of its elements.
+template <typename T>
+struct CatchUp {
+  T decay = T(1), drift = T(0);
+  T factor[2] = {T(1), T(1)};  // of each state
+  T floor[2] = {T(0), T(0)};   // below which its magnitude does not fall by the factor alone
+
+  template <bool kDrifts>
+  TIGER_EXT_INLINE void param(T& p, T m) const {
+    p = decay * p;
+    if constexpr (kDrifts) p -= drift * sign(m);
+  }
+  // A state decays, but never to 0: its sign is what the drift follows.
+  template <int k>
+  TIGER_EXT_INLINE void state(T& x) const {
+    const T y = x * factor[k];
+    const T size = std::abs(x);
+    const T least = size < floor[k] ? size : floor[k];
+    x = std::abs(y) < least ? std::copysign(least, x) : y;
+  }
+};
+
+// No update: what remains is the catch-up alone.
+template <typename T, int kStateCount>
+struct NoUpdate {
+  static constexpr RuleKind kKind = RuleKind::kShrink;
+  static constexpr int kStates = kStateCount;
+  template <typename... States>
+  TIGER_EXT_INLINE void operator()(T, T&, States&...) const {}
+};
+
+// A rule after the catch-up with skipped steps, in the same pass over the row.
+template <typename T, typename Rule, bool kDrifts>
+struct AfterCatchUp : Rule {
+  CatchUp<T> catch_up;
+
+  TIGER_EXT_INLINE AfterCatchUp(const Rule& rule, const CatchUp<T>& catch_up)
+      : Rule(rule), catch_up(catch_up) {}
+
+  TIGER_EXT_INLINE void operator()(T grad, T& p, T& m) const {
+    catch_up.template param<kDrifts>(p, m);
+    catch_up.template state<0>(m);
+    Rule::operator()(grad, p, m);
+  }
+  TIGER_EXT_INLINE void operator()(T grad, T& p, T& m, T& v) const {
+    catch_up.template param<false>(p, m);
+    catch_up.template state<0>(m);
+    catch_up.template state<1>(v);
+    Rule::operator()(grad, p, m, v);
+  }
+  // Of Momentum. The row catches up also where the micro-step does not move it.
+  template <Direction kDirection, bool kMoves>
+  TIGER_EXT_INLINE void update(T grad, T& p, T& m) const {
+    catch_up.template param<kDrifts>(p, m);
+    catch_up.template state<0>(m);
+    Rule::template update<kDirection, kMoves>(grad, p, m);
+  }
+};
+
+template <typename T, typename Rule, bool kDrifts>
+TIGER_EXT_INLINE bool moves_param(const AfterCatchUp<T, Rule, kDrifts>&) {
+  return true;
+}
 
 // What was found in a tensor or row before its update: sums in double over a fixed order of
 // elements, so that they are reproducible.

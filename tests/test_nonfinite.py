@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from cases import RULES, VIEWS, dense_grad, every_rule, parameter, set_grad, sparse_grad
+from cases import VIEWS, dense_grad, every_rule, parameter, set_grad, sparse_grad
 from oracle import same_bits, unchanged
 from published import (
     DIMS,
@@ -679,10 +679,3 @@ def test_bad_targets_are_refused(cls, value):
     match = rf"(?s)shrink_to={re.escape(repr(value))}.*finite"
     with pytest.raises(ValueError, match=match):
         cls([{"params": [parameter(3)], "nonfinite": "shrink", "shrink_to": value}])
-
-
-@pytest.mark.parametrize("rule", RULES[:3], ids=lambda r: r.name)
-@pytest.mark.parametrize("lazy", ["decay", "exact"])
-def test_lazy_modes_are_still_refused(rule, lazy):
-    with pytest.raises(ValueError, match=rf"lazy.*'{lazy}'"):
-        rule([parameter(3, 2)], nonfinite="skip", lazy=lazy)

@@ -138,7 +138,6 @@ def test_betas_may_be_zero_and_a_list():
 
 
 PLANNED = {
-    "lazy": ["decay", "exact"],
     "momentum_dtype": [torch.int8],
     "stochastic_rounding": [True],
 }

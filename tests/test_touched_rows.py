@@ -7,7 +7,7 @@ import psutil
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import RULES, VIEWS, every_rule, parameter, set_grad, views
+from cases import VIEWS, every_rule, parameter, set_grad, views
 from oracle import same_bits, unchanged
 from published import (
     DIMS,
@@ -740,11 +740,3 @@ def test_unknown_values_are_refused(cls, value, where):
             cls([parameter(3)], rows=value)
         else:
             cls([{"params": [parameter(3)], "rows": value}])
-
-
-@pytest.mark.parametrize("rule", RULES[:3], ids=lambda r: r.name)
-@pytest.mark.parametrize("rows", ["nonzero", "tracked"])
-@pytest.mark.parametrize("lazy", ["decay", "exact"])
-def test_lazy_modes_are_still_refused(rule, rows, lazy):
-    with pytest.raises(ValueError, match=rf"lazy.*'{lazy}'"):
-        rule([parameter(3, 2)], rows=rows, lazy=lazy)

@@ -12,6 +12,7 @@ Parameters that no native kernel can take run on ``tiger_ext.reference`` in the 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -21,10 +22,12 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from tiger_ext import _native, reference
+from tiger_ext.history import History
 from tiger_ext.options import (
     ALGORITHMS,
     DIRECTION_SCALES,
     algorithm_of,
+    check_lazy,
     check_option,
     complete_group,
 )
@@ -103,6 +106,8 @@ class _ReferenceUpdate:
     def apply(self, grad_scale: float) -> None:
         where, grad = self._units()
         group, state, part = self.group, self.state, self.part
+        if part.adds and group["lazy"] != "frozen":
+            _catch_up_on_reference(self.param, state, group, state["last_step"], where)
         param = self._read(self.param, where)
         decays = torch.ones((param.shape[0],), dtype=torch.bool, device=param.device)
         if part.window:
@@ -128,6 +133,9 @@ class _ReferenceUpdate:
         if part.window and part.adds:
             self._write(state["window"], where, torch.full_like(decays, part.window, dtype=_INT32))
         self._update(where, param, grad / grad_scale, decays)
+        if group["lazy"] != "frozen":
+            now = _history(group).steps + (1 if part.moves else 0)
+            state["last_step"][... if where is None else where] = now
 
     def _update(self, where: Any, param: Tensor, grad: Tensor, decays: Tensor) -> None:
         group, state, part = self.group, self.state, self.part
@@ -222,6 +230,55 @@ class _ReferenceUpdate:
         return None if where is None else tuple(index[chosen] for index in where)
 
 
+def _history(group: dict[str, Any]) -> History:
+    """Return the history of a group in a lazy mode; it begins when it is first asked for."""
+    history: History = group.setdefault("history", History())
+    return history
+
+
+def _catch_up_on_reference(
+    p: Tensor,
+    state: Mapping[str, Any],
+    group: dict[str, Any],
+    last_step: Tensor,
+    where: tuple[Tensor, ...] | None,
+) -> None:
+    """Bring rows, all or those at ``where``, up to date with the group's steps so far."""
+    history = _history(group)
+    since = torch.where(last_step < 0, -1 - last_step, last_step)
+    behind = since < history.steps
+    if where is not None:
+        chosen = torch.zeros_like(behind)
+        chosen[where] = True
+        behind &= chosen
+    rows = behind.nonzero(as_tuple=True) if behind.dim() else (behind.reshape(1).nonzero()[:, 0],)
+    if len(rows[0]) == 0:
+        return
+    if behind.dim() == 0:  # the whole parameter is one row
+        p, last_step, since = p.unsqueeze(0), last_step.reshape(1), since.reshape(1)
+    names = [name for name in _MOMENTS if name in state]
+    stored = [state[name].unsqueeze(0) if behind.dim() == 0 else state[name] for name in names]
+    arithmetic = reference.arithmetic_dtype(p)
+    missed = history.missed(since[rows].long())
+    each = (-1, *[1] * (p.dim() - len(rows)))
+    betas = dict(zip(_MOMENTS, missed.betas, strict=True))
+    if group["algorithm"] != "adamw":
+        betas["exp_avg"] = missed.betas[1]
+    param, moments = reference.catch_up(
+        p[rows].to(arithmetic),
+        [s[rows].to(arithmetic) for s in stored],
+        decay=missed.decay.to(arithmetic).reshape(each),
+        drift=missed.drift.to(arithmetic).reshape(each) if group["lazy"] == "exact" else None,
+        factors=[betas[name].to(arithmetic).reshape(each) for name in names],
+        floors=[reference.smallest(s.dtype, arithmetic) for s in stored],
+    )
+    p[rows] = param.to(p.dtype)
+    for s, moment in zip(stored, moments, strict=True):
+        s[rows] = moment.to(s.dtype)
+    now = history.steps
+    last_step[rows] = torch.where(last_step[rows] < 0, -1 - now, now).to(last_step.dtype)
+
+
 def _is_row_lazy(p: Tensor, group: Mapping[str, Any]) -> bool:
     """Return whether a strided gradient of ``p`` updates only the rows it touches."""
     return group["rows"] is not None and p.dim() >= 2
@@ -310,6 +367,7 @@ class MixedOptimizer(torch.optim.Optimizer):
         Raises:
             IndexError: a sparse gradient has a row index outside its parameter.
             FloatingPointError: a gradient has a NaN or Inf and its group ``nonfinite="raise"``.
+            ValueError: a group's options have been changed to what its lazy mode does not allow.
             RuntimeError: a gradient's device, shape, dtype or layout does not fit; ``fused=True``
                 and there is no native kernel; or ``rows="tracked"`` and no module of the parameter
                 is tracked. In every case nothing was written.
@@ -352,14 +410,13 @@ class MixedOptimizer(torch.optim.Optimizer):
         except BaseException as error:
             self._restore(undo)
             if _native.C is not None and isinstance(error, _native.C.UpdateError):
-                kind, index, position, message = error.args
-                exception = {"index": IndexError, "nonfinite": FloatingPointError}.get(
-                    kind, RuntimeError
-                )
-                raise exception(f"{self._label(index, position)}: {message}") from None
+                raise self._translated(error) from None
             raise
         for each in passes:
+            for place in each.before:
+                self._catch_up(*place)
             each.apply(grad_scale)
+        self._advance_histories()
         self._advance_windows(windows)
         for used in self._used_rows().values():
             used.clear()
@@ -373,22 +430,25 @@ class MixedOptimizer(torch.optim.Optimizer):
         windows: list[_WindowRows],
     ) -> _Pass:
         """Check and allocate what this step does, or what closing its windows does."""
-        this = _Pass(None, [])
+        this = _Pass(None, [], [])
         if _native.C is not None:
             this.native = _native.C.Step(self._faults(), grad_scale, found_inf)
         for index, group in enumerate(self.param_groups):
             if not adds and not _closes_window(group):
                 continue
+            if adds and group["lazy"] != "frozen":
+                check_lazy(group)
+                _history(group).check_room()
             part = _part_of(group, adds)
             rows = self._masks(index, group) if adds else {w.param: w.rows for w in windows}
             if this.native is None or group["fused"] is False:
                 rest: Iterable[int] = range(len(group["params"]))
             else:
-                rest = self._add_to_native(this.native, index, group, part, rows, undo)
+                rest = self._add_to_native(this, index, group, part, rows, undo)
                 if rest and group["fused"]:
                     raise RuntimeError(self._why_not_native(index, rest[0]))
             if rest:
-                self._add_to_reference(this.on_reference, index, group, rest, part, rows, undo)
+                self._add_to_reference(this, index, group, rest, part, rows, undo)
             if adds and part.window:
                 windows += _window_rows(group, self.state)
         if this.native is not None:
@@ -441,7 +501,8 @@ class MixedOptimizer(torch.optim.Optimizer):
             for position, p in enumerate(group["params"]):
                 if p is table:
                     used = UsedRows(self._name(index, position), len(p) if p.dim() else 1)
-                    return TrackingHandle(module, self._used_rows().setdefault(p, used))
+                    used = self._used_rows().setdefault(p, used)
+                    return TrackingHandle(module, used, _Reader(self, p))
         raise ValueError(
             f"the {list(table.shape)} parameter of {type(module).__name__} is not one of this "
             f"{type(self).__name__}'s"
@@ -468,6 +529,123 @@ class MixedOptimizer(torch.optim.Optimizer):
             masks[p] = used.mask(p.device)
         return masks
 
+    # ------------------------------------------------------------------------------ lazy modes
+
+    @torch.no_grad()
+    def flush(self, progress: bool | None = None) -> None:
+        """Bring every row of the groups in a lazy mode up to date, as before evaluation or export.
+
+        After it the parameters are what training with every row at every step would have made of
+        them (``lazy="exact"``), and the history of the hyperparameters begins anew. Rows of an open
+        accumulation window keep the gradients that they have gathered.
+
+        Args:
+            progress: whether to show a progress bar on stderr. None: on a terminal, if it takes
+                long and tqdm is installed.
+
+        Raises:
+            IndexError: a GPU has found a bad row index in an earlier gradient.
+        """
+        if _native.C is not None:
+            try:
+                _native.C.Step(self._faults(), None, None)
+            except _native.C.UpdateError as error:
+                raise self._translated(error) from None
+        groups = [g for g in self.param_groups if g["lazy"] != "frozen" and _history(g).steps > 0]
+        rows = sum(len(p) if p.dim() else 1 for g in groups for p in g["params"])
+        with _Progress(rows, progress) as bar:
+            for index, group in enumerate(self.param_groups):
+                if not any(group is g for g in groups):
+                    continue
+                for position, p in enumerate(group["params"]):
+                    if self._has_clock(p, group):
+                        self._catch_up(index, position, self.state[p]["last_step"], advance=bar)
+                _history(group).forget()
+
+    def _has_clock(self, p: Tensor, group: dict[str, Any]) -> bool:
+        """Create the state of a trainable parameter that has none yet; its rows age as well."""
+        if p.requires_grad and "last_step" not in self.state.get(p, {}):
+            self._init_state(p, group, [])
+        return "last_step" in self.state.get(p, {})
+
+    def _catch_up(
+        self,
+        index: int,
+        position: int,
+        last_step: Tensor,
+        ids: Tensor | None = None,
+        advance: Callable[[int], Any] | None = None,
+    ) -> None:
+        """Bring a parameter's rows, all or those of ``ids``, up to the group's present step."""
+        group = self.param_groups[index]
+        p = group["params"][position]
+        state = self.state[p]
+        rows = last_step.numel()
+        if p.numel() == 0:
+            return
+        if _native.C is not None and group["fused"] is not False:
+            rule = _native_rule(group, _Part())
+            states = [state[name] for name in _MOMENTS if name in state]
+            chunk = rows if ids is not None else max(_FLUSH_ELEMENTS * rows // p.numel(), 1)
+            for begin in range(0, rows, chunk):
+                end = min(begin + chunk, rows)
+                try:
+                    done = _native.C.catch_up(p, states, last_step, rule, ids, begin, end)
+                except _native.C.UpdateError as error:
+                    raise self._translated(error, index, position) from None
+                if done is None:
+                    break
+                if advance is not None:
+                    advance(end - begin)
+            else:
+                return
+        where: tuple[Tensor, ...] | None = None
+        if ids is not None:
+            ids = ids.reshape(-1).to(p.device, torch.int64)
+            bad = ids[(ids < 0) | (ids >= rows)]
+            if len(bad) > 0:
+                raise IndexError(
+                    f"{self._name(index, position)}: id {int(bad[0])} is out of range for {rows} "
+                    "rows"
+                )
+            where = torch.unravel_index(ids, last_step.shape)
+        _catch_up_on_reference(p, state, group, last_step, where)
+        if advance is not None:
+            advance(rows)
+
+    def _catch_up_ids(self, p: Tensor, ids: Tensor) -> None:
+        """Bring the rows that a tracked module is about to read up to date."""
+        for index, group in enumerate(self.param_groups):
+            if group["lazy"] == "frozen":
+                continue
+            for position, q in enumerate(group["params"]):
+                if q is p and _history(group).steps > 0 and self._has_clock(p, group):
+                    last_step = self.state[p]["last_step"]
+                    # Ids are indices of the first dimension.
+                    rows = None if last_step.dim() != 1 else ids
+                    self._catch_up(index, position, last_step, rows)
+
+    def _advance_histories(self) -> None:
+        for group in self.param_groups:
+            if group["lazy"] == "frozen":
+                continue
+            if group.get("accumulation_steps", 1) > 1 and not _closes_window(group):
+                continue
+            lr = _learning_rate(group)
+            _history(group).advance(float(lr), float(group["weight_decay"]), group["betas"])
+            if group["algorithm"] == "adamw":
+                for p in group["params"]:
+                    if p.grad is None and "step" in self.state.get(p, {}):
+                        self.state[p]["step"] += 1
+
+    def _translated(
+        self, error: Exception, index: int | None = None, position: int = 0
+    ) -> Exception:
+        kind, group, place, message = error.args
+        name = self._label(group, place) if index is None else self._name(index, position)
+        exception = {"index": IndexError, "nonfinite": FloatingPointError}.get(kind, RuntimeError)
+        return exception(f"{name}: {message}")
+
     # ---------------------------------------------------------------------------- step: details
 
     def _faults(self) -> Any:
@@ -489,7 +667,7 @@ class MixedOptimizer(torch.optim.Optimizer):
 
     def _add_to_native(
         self,
-        native: Any,
+        this: _Pass,
         index: int,
         group: dict[str, Any],
         part: _Part,
@@ -500,16 +678,19 @@ class MixedOptimizer(torch.optim.Optimizer):
         params = group["params"]
         rule = _native_rule(group, part)
         args = (params, self.state, index, rule, _learning_rate(group), rows)
-        without_state, rest = native.add_group(*args, None)
+        without_state, rest, lagging = this.native.add_group(*args, None)
         if without_state:
             for position in without_state:
-                self._checked_init_state(index, position, group, undo)
-            native.add_group(*args, without_state)
+                self._checked_init_state(index, position, group, undo, this)
+            lagging += this.native.add_group(*args, without_state)[2]
+        for position in lagging:
+            p = params[position]
+            this.before.append((index, position, self.state[p]["last_step"]))
         return rest
 
     def _add_to_reference(
         self,
-        updates: list[_ReferenceUpdate],
+        this: _Pass,
         index: int,
         group: dict[str, Any],
         positions: Iterable[int],
@@ -527,19 +708,30 @@ class MixedOptimizer(torch.optim.Optimizer):
             update = _ReferenceUpdate(p, p.grad if part.adds else None, {}, group, part, mask)
             try:
                 update.check()
-                update.state = self._init_state(p, group, undo) if part.adds else self.state[p]
+                update.state = self.state[p]
+                if part.adds:
+                    self._checked_init_state(index, position, group, undo, this)
                 update.check_state()
             except (RuntimeError, IndexError, FloatingPointError) as error:
                 raise type(error)(f"{self._label(index, position)}: {error}") from None
-            updates.append(update)
+            this.on_reference.append(update)
 
     def _checked_init_state(
-        self, index: int, position: int, group: dict[str, Any], undo: list[tuple[Tensor, str, Any]]
+        self,
+        index: int,
+        position: int,
+        group: dict[str, Any],
+        undo: list[tuple[Tensor, str, Any]],
+        this: _Pass,
     ) -> None:
+        p = group["params"][position]
+        old = self.state[p].get("last_step") if p in self.state else None
         try:
-            self._init_state(group["params"][position], group, undo)
+            state = self._init_state(p, group, undo)
         except _WindowError as error:
             raise RuntimeError(f"{self._label(index, position)}: {error}") from None
+        if old is not None and state.get("last_step") is not old:
+            this.before.append((index, position, old))  # the rows are divided anew
 
     def _init_state(
         self, p: Tensor, group: dict[str, Any], undo: list[tuple[Tensor, str, Any]]
@@ -554,6 +746,7 @@ class MixedOptimizer(torch.optim.Optimizer):
             wanted["exp_avg_sq"] = torch.promote_types(momentum_dtype, p.dtype)
             wanted["step"] = torch.int64
         state = self.state[p]
+        fresh = not state
         large_table = _is_large_table(p)
         if large_table and not state:
             _advise_huge_pages(p, in_use=True)
@@ -568,7 +761,9 @@ class MixedOptimizer(torch.optim.Optimizer):
                 )
             undo.append((p, name, None))
             if name == "step":
-                state[name] = torch.zeros((), dtype=dtype, device=_clock_device(p))
+                # In a lazy mode every step of the group counts.
+                done = _history(group).steps if group["lazy"] != "frozen" else 0
+                state[name] = torch.full((), done, dtype=dtype, device=_clock_device(p))
                 continue
             state[name] = torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format)
             if large_table:
@@ -576,7 +771,41 @@ class MixedOptimizer(torch.optim.Optimizer):
             state[name].zero_()
         if group.get("accumulation_steps", 1) > 1:
             self._init_window(p, group, undo)
+        if group["lazy"] != "frozen":
+            self._init_last_step(p, group, undo, fresh)
         return state
+
+    def _init_last_step(
+        self, p: Tensor, group: dict[str, Any], undo: list[tuple[Tensor, str, Any]], fresh: bool
+    ) -> None:
+        """Create ``last_step``: up to which step each row, or the whole parameter, is current."""
+        state = self.state[p]
+        old, window, g = state.get("last_step"), state.get("window"), p.grad
+        if g is not None and g.layout == torch.sparse_coo:
+            dims = g.sparse_dim()
+        elif window is not None and window.dim() > 0:
+            dims = window.dim()
+        elif old is not None and (old.dim() > 0 or p.dim() < 2):
+            dims = old.dim()
+        else:
+            dims = 1 if p.dim() >= 2 else 0
+        if old is not None and old.shape == p.shape[:dims]:
+            return
+        history = _history(group)
+        undo.append((p, "last_step", old))
+        now = history.steps
+        if old is None:
+            # State of an optimizer without clocks is taken to be current.
+            start = -1 - history.begin if fresh else now
+            state["last_step"] = torch.full(p.shape[:dims], start, dtype=_INT32, device=p.device)
+            return
+        # All rows will have caught up.
+        touched = old >= 0
+        if dims < old.dim():
+            touched = touched.flatten(dims).any(-1)
+        touched = touched.reshape(*touched.shape, *[1] * (dims - touched.dim()))
+        touched = touched.expand(p.shape[:dims])
+        state["last_step"] = torch.where(touched, now, -1 - now).to(_INT32)
 
     def _init_window(
         self, p: Tensor, group: dict[str, Any], undo: list[tuple[Tensor, str, Any]]
@@ -627,6 +856,23 @@ class MixedOptimizer(torch.optim.Optimizer):
 
     # ------------------------------------------------------------------------- saving, loading
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as a dict; see ``torch.optim.Optimizer.state_dict``.
+
+        The history of a lazy mode becomes a tuple of numbers. No flush is needed before.
+        """
+
+        def save_histories(_: Any, state_dict: dict[str, Any]) -> None:
+            for group in state_dict["param_groups"]:
+                if isinstance(group.get("history"), History):
+                    group["history"] = group["history"].saved()
+
+        hook = self.register_state_dict_post_hook(save_histories, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict, keeping each state tensor's own dtype.
 
@@ -668,6 +914,60 @@ class MixedOptimizer(torch.optim.Optimizer):
             algorithm = algorithm_of(group.setdefault("algorithm", self._algorithm))
             for name, value in algorithm.defaults.items():
                 group.setdefault(name, value)
+            if not isinstance(group.get("history", History()), History):
+                group["history"] = History(group["history"])
+
+
+class _Reader:
+    """What a tracked module does before it reads rows of ``p``."""
+
+    def __init__(self, optimizer: MixedOptimizer, p: Tensor) -> None:
+        self._optimizer = weakref.ref(optimizer)
+        self._p = p
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def __call__(self, ids: Tensor) -> bool:
+        """Bring the rows up to date; return whether the next step must know of them."""
+        optimizer = self._optimizer()
+        if optimizer is None:
+            return False
+        optimizer._catch_up_ids(self._p, ids)
+        return any(
+            (group["rows"] == "tracked" or group["lazy"] == "frozen")
+            and any(q is self._p for q in group["params"])
+            for group in optimizer.param_groups
+        )
+
+
+class _Progress:
+    """A progress bar over rows, if one is wanted."""
+
+    def __init__(self, rows: int, wanted: bool | None) -> None:
+        self._bar: Any = None
+        if wanted is False:
+            return
+        try:
+            from tqdm import tqdm
+        except ImportError:
+            if wanted:
+                raise
+            return
+        self._bar = tqdm(
+            total=rows,
+            desc="flush",
+            unit="row",
+            unit_scale=True,
+            delay=0 if wanted else 2,
+            disable=False if wanted else None,
+        )
+
+    def __enter__(self) -> Callable[[int], Any]:
+        return self._bar.update if self._bar is not None else lambda rows: None
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
 
 
 class _WindowError(RuntimeError):
@@ -680,6 +980,8 @@ class _Pass:
 
     native: Any
     on_reference: list[_ReferenceUpdate]
+    # Group, position and last_step of parameters whose rows must be brought up to date before.
+    before: list[tuple[int, int, Tensor]]
 
     def cancelled(self, found_inf: Tensor | None) -> bool:
         if self.native is not None and self.native.cancelled():
@@ -761,7 +1063,7 @@ def _native_rule(group: Mapping[str, Any], part: _Part) -> Any:
         kind = kinds.SIGN_MOMENTUM
     else:
         kind = kinds.MOMENTUM
-    return _native.C.Rule(  # type: ignore[union-attr]
+    rule = _native.C.Rule(  # type: ignore[union-attr]
         kind,
         betas[0],
         betas[-1],
@@ -780,6 +1082,9 @@ def _native_rule(group: Mapping[str, Any], part: _Part) -> Any:
         part.micro_steps,
         part.adds,
     )
+    if group["lazy"] != "frozen":
+        group["history"].use(rule, group["lazy"])
+    return rule
 
 
 def _is_capturing() -> bool:
@@ -790,6 +1095,9 @@ def _clock_device(p: Tensor) -> torch.device:
     """Return where AdamW counts the steps of ``p``: beside it on a GPU, else on the CPU."""
     return p.device if p.device.type == "cuda" else torch.device("cpu")
 
+
+# How many elements `flush` brings up to date between two strokes of its progress bar.
+_FLUSH_ELEMENTS = 1 << 26
 
 # Below this size a table's page table fits the caches.
 _LARGE_TABLE_BYTES = 32 << 20

@@ -76,7 +76,7 @@ ALGORITHMS: dict[str, Algorithm] = {
 DIRECTION_SCALES = {"sign": 1.0, "clip": 1e4, "power": 0.5, "atan": 1e4}
 
 # Keys of a parameter group that are no hyperparameters: torch's own, what LR schedulers write, the
-# target of nonfinite="shrink", and the clock of accumulation windows.
+# target of nonfinite="shrink", the clock of accumulation windows, and the history of lazy modes.
 _OTHER_KEYS = frozenset(
     {
         "params",
@@ -91,6 +91,7 @@ _OTHER_KEYS = frozenset(
         "base_momentum",
         "windows",
         "micro_steps",
+        "history",
     }
 )
 
@@ -140,6 +141,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "capturable": (_flag, "True or False"),
     "fused": (lambda v: v is None or _flag(v), "None, True or False"),
     "rows": (_one_of(None, "nonzero", "tracked"), "None, 'nonzero' or 'tracked'"),
+    "lazy": (_one_of("frozen", "decay", "exact"), "one of 'frozen', 'decay', 'exact'"),
     "scale": (_one_of(None, "rms", "rms_rows"), "None, 'rms' or 'rms_rows'"),
     "direction": (
         _one_of("sign", "clip", "power", "atan"),
@@ -162,7 +164,6 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
 # Options whose other values come with later versions: the only value that works now, or None where
 # _CHECKS has the legal ones, and what will come.
 _NOT_YET: dict[str, tuple[Any, tuple[Any, ...]]] = {
-    "lazy": ("frozen", ("decay", "exact")),
     "stochastic_rounding": (False, (True,)),
     "momentum_dtype": (None, (torch.int8,)),
 }
@@ -200,6 +201,31 @@ def check_option(name: str, value: Any, algorithm: Algorithm) -> None:
         raise ValueError(f"{name}={value!r}: expected {expected}")
 
 
+def check_lazy(group: Mapping[str, Any]) -> None:
+    """Raise ValueError if the group's lazy mode does not exist beside its other options."""
+    lazy = group["lazy"]
+    if lazy == "frozen":
+        return
+    if lazy == "exact":
+        if group["algorithm"] == "adamw":
+            raise ValueError(
+                "lazy='exact': adamw has no closed form of skipped steps; expected 'frozen' or "
+                "'decay'"
+            )
+        if group["direction"] != "sign":
+            raise ValueError(f"lazy='exact' needs direction='sign', got {group['direction']!r}")
+        if not all(beta > 0 for beta in group["betas"]):
+            raise ValueError(f"lazy='exact' needs betas > 0, got betas={group['betas']!r}")
+    if group.get("scale") is not None:
+        raise ValueError(f"lazy={lazy!r} needs scale=None, got scale={group['scale']!r}")
+    lr = group["lr"]
+    if isinstance(lr, Tensor) and lr.device.type != "cpu":
+        return
+    rate = float(lr) * group["weight_decay"]
+    if not rate < 1.0:
+        raise ValueError(f"lazy={lazy!r} needs lr * weight_decay < 1, got {rate}")
+
+
 def algorithm_of(name: Any) -> Algorithm:
     """Return the algorithm called ``name``; ValueError for any other value."""
     if not isinstance(name, str) or name not in ALGORITHMS:
@@ -235,6 +261,7 @@ def complete_group(
     for name, value in algorithm.defaults.items():
         complete.setdefault(name, defaults.get(name, value))
         check_option(name, complete[name], algorithm)
+    check_lazy(complete)
     if "shrink_to" in complete:
         check_option("shrink_to", complete["shrink_to"], algorithm)
     return complete

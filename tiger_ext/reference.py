@@ -92,6 +92,41 @@ def sign_momentum(
     return param, exp_avg
 
 
+def catch_up(
+    param: Tensor,
+    moments: list[Tensor],
+    *,
+    decay: Tensor,
+    drift: Tensor | None,
+    factors: list[Tensor],
+    floors: list[float],
+) -> tuple[Tensor, list[Tensor]]:
+    """Return (param, moments) after skipped steps; ``drift`` is None unless they were sign steps.
+
+    ``decay``, ``drift`` and ``factors``, one of each moment, are broadcast over the rows. A moment
+    that decays does not fall below its floor, so that it never becomes 0 by underflow.
+    """
+    param = decay * param
+    if drift is not None:
+        param = param - drift * sign(moments[0])
+    after = []
+    for m, factor, floor in zip(moments, factors, floors, strict=True):
+        decayed = m * factor.clamp(min=torch.finfo(m.dtype).tiny)
+        least = m.abs().clamp(max=floor)
+        kept = torch.where(decayed.abs() < least, torch.copysign(least, m), decayed)
+        after.append(torch.where(factor == 0, m * 0, kept))
+    return param, after
+
+
+def smallest(storage: torch.dtype, arithmetic: torch.dtype) -> float:
+    """Return the floor of a moment: the smallest number that its storage safely keeps."""
+    if storage == torch.float16:
+        return 2.0**-24
+    if storage == arithmetic == torch.float64:
+        return torch.finfo(torch.float64).tiny
+    return torch.finfo(torch.float32).tiny
+
+
 def shrink(param: Tensor, *, ratio: float, to: float) -> Tensor:
     """Return the parameter of ``nonfinite="shrink"``: a step towards ``to``."""
     return to + ratio * (param - to)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ids that embeddings look up in their forward passes, for ``rows="tracked"``."""
+"""The ids that embeddings look up: their rows must be current, and a step may ask for them."""
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -55,12 +56,13 @@ class UsedRows:
 class _Hook:
     """A forward pre-hook. Copies of it, in a copied or pickled model, do nothing."""
 
-    def __init__(self, used: UsedRows | None) -> None:
+    def __init__(self, used: UsedRows | None, read: Callable[[Tensor], bool] | None) -> None:
         self._used = None if used is None else weakref.ref(used)
+        self._read = read
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         used = self._used and self._used()
-        if not used or not module.training or not torch.is_grad_enabled():
+        if not used or self._read is None:
             return
         ids = args[0] if args else next(iter(kwargs.values()), None)
         if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex():
@@ -68,24 +70,27 @@ class _Hook:
                 f"{type(module).__name__} is tracked and must be called with a tensor of ids "
                 f"first, got {ids.dtype if isinstance(ids, Tensor) else type(ids).__name__}"
             )
-        if ids.device.type != "meta":
+        if ids.device.type == "meta":
+            return
+        wanted = self._read(ids)
+        if wanted and module.training and torch.is_grad_enabled():
             used.record(ids)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
-        return _Hook(None)
+        return _Hook(None, None)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Hook, (None,)
+        return _Hook, (None, None)
 
 
 class TrackingHandle:
     """What ``optimizer.track`` returns; ``remove()`` ends the tracking. Also a context manager."""
 
-    def __init__(self, module: nn.Module, used: UsedRows) -> None:
-        """Register the hook."""
+    def __init__(self, module: nn.Module, used: UsedRows, read: Callable[[Tensor], bool]) -> None:
+        """Register the hook; ``read`` is called with the ids before the module reads their rows."""
         self._used: UsedRows | None = used
         used.modules += 1
-        self._hook = module.register_forward_pre_hook(_Hook(used), with_kwargs=True)
+        self._hook = module.register_forward_pre_hook(_Hook(used, read), with_kwargs=True)
 
     def remove(self) -> None:
         """Stop tracking. May be called twice."""

@@ -66,7 +66,7 @@ def steps(name: str, cls: type, kind: str, rows: int, dim: int, n: int, report: 
 
 def tracking(name: str, rows: int, dim: int, n: int, report: Report) -> Cell:
     """Time the forward pass of an embedding, tracked and not; each is followed by a step."""
-    batches = make_ids("zipf1.05", rows, n, 16)
+    batches = make_ids("zipf 1.05", rows, n, 16)
     grads = gradients(batches, rows, dim)
     contenders = []
     for mode in ("not tracked", "decay", "exact"):
@@ -111,7 +111,7 @@ def main() -> None:
         (Tiger, "uniform", 64),
         (Tiger, "uniform", 128),
         (Tiger, "uniform", 256),
-        (Tiger, "zipf1.05", 64),
+        (Tiger, "zipf 1.05", 64),
         (Tiger, "uniform", 16),
         (Lion, "uniform", 64),
         (AdamW, "uniform", 64),

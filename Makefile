@@ -21,7 +21,7 @@ WHEEL_VENV := .venv-wheel
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
 CPP_FILES := $(wildcard csrc/* tests/cpp/* $(addprefix tests/cuda_on_cpu/,*.cpp include/*.h include/*/*/*))
-BENCHMARKS := sparse dense small_tensors embedding_step embedding_options clip
+BENCHMARKS := sparse dense small_tensors embedding_step embedding_options lazy clip
 
 .PHONY: all build demo test test-cpp bench wheel lint sanitize cuda-build cuda-on-cpu gpu-check clean
 all: build

@@ -15,6 +15,7 @@ SCRIPTS = (
     "bench_dense",
     "bench_small_tensors",
     "bench_embedding_options",
+    "bench_lazy",
     "bench_clip",
 )
 

@@ -74,8 +74,10 @@ inline void check_update(const Update& u) {
     if (at::has_internal_overlap(state) == at::MemOverlap::Yes)
       refuse(u, "the state ", rule.state_names[k], " has several elements in the same memory");
   }
-  if (rule.counts_steps && !(u.step.defined() && u.step.scalar_type() == at::kLong &&
-                             u.step.numel() == 1 && u.step.device() == param.device()))
+  const bool steps = u.grad.defined() || u.indices.defined();
+  if (rule.counts_steps && steps &&
+      !(u.step.defined() && u.step.scalar_type() == at::kLong && u.step.numel() == 1 &&
+        u.step.device() == param.device()))
     refuse(u, "the state step must be one int64 element on ", param.device());
 
   check_row_state(u, u.window, "window");

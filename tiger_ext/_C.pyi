@@ -15,6 +15,16 @@ class RuleKind(Enum):
     ADAMW_WITHOUT_MOMENT1 = ...
     MOMENTUM = ...
 
+class History:
+    """The hyperparameters of a group's steps."""
+
+    def append(
+        self, step: int, lr: float, weight_decay: float, beta1: float, beta2: float, /
+    ) -> None:
+        """From step number ``step`` on these are in force."""
+    def use(self, rule: Rule, mode: str, current: int, /) -> None:
+        """Make ``rule`` one of a lazy mode that brings rows up to step ``current``."""
+
 class Rule:
     """A group's options but the learning rate, for one step."""
 
@@ -61,10 +71,26 @@ class Step:
         rows: dict[Tensor, Tensor],
         positions: list[int] | None,
         /,
-    ) -> tuple[list[int], list[int]]: ...
+    ) -> tuple[list[int], list[int], list[int]]:
+        """Return the positions without state, without a kernel, and with rows that lag behind."""
     def prepare(self) -> None: ...
     def cancelled(self) -> bool: ...
     def apply(self) -> None: ...
+
+def catch_up(
+    param: Tensor,
+    states: list[Tensor],
+    last_step: Tensor,
+    rule: Rule,
+    ids: Tensor | None,
+    begin: int,
+    end: int,
+    /,
+) -> int | None:
+    """Bring rows ``ids``, or [begin, end), up to date; return how many were written.
+
+    None: there is no kernel for the parameter.
+    """
 
 def build_info() -> dict[str, Any]: ...
 def cpu_isa() -> str: ...

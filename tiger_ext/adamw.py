@@ -31,7 +31,11 @@ class AdamW(MixedOptimizer):
         betas: ``(beta1, beta2)``. With ``beta1 = 0`` no first moment is stored.
         eps: added to the denominator.
         weight_decay: :math:`\lambda`, decoupled: a parameter shrinks by ``lr * weight_decay``.
-        lazy: what happens to untouched rows of sparse gradients; "frozen": nothing.
+        lazy: what becomes of the steps that did not touch a row once it is touched again. "frozen":
+            nothing, it goes on from where it was. "decay": its moments and its value first decay as
+            they would have in these steps; needs ``lr * weight_decay < 1``, and rows to be current
+            when they are read: see :meth:`track` and :meth:`flush`. State: ``last_step``, int32,
+            one number a row. (The steps themselves have no closed form: no "exact".)
         rows: how a strided gradient of a parameter of two or more dimensions is taken. None: every
             element is updated. "nonzero": only rows (indices of the first dimension) with a nonzero
             element in the gradient. "tracked": only rows whose ids went through a module given to

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tiger_ext.history import History
+
 __all__ = ["HealthReport", "TableHealth", "health_report"]
 
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
@@ -329,9 +331,16 @@ def report_on(tables: Iterable[Table]) -> HealthReport:
     reports: dict[str, TableHealth] = {}
     for i, table in enumerate(found):
         name = table.name if table.name not in reports else f"{table.name} ({i})"
-        now = table.group.get("clock", clocks[id(table.group)])
-        reports[name] = _health(table, int(now))
+        reports[name] = _health(table, _steps(table.group, clocks[id(table.group)]))
     return HealthReport(reports)
+
+
+def _steps(group: Mapping[str, Any], otherwise: int) -> int:
+    """Return how many steps a group has taken: it is known if it is in a lazy mode."""
+    history = group.get("history")
+    if history is None:
+        return otherwise
+    return history.steps if isinstance(history, History) else int(history[0])
 
 
 def _last_touch(table: Table) -> int:

@@ -21,14 +21,20 @@ class Lion(MixedOptimizer):
         m_t &= \beta_2 m_{t-1} + (1 - \beta_2) g_t
 
     With a ``torch.sparse_coo`` gradient only the rows it names are read and written; duplicate
-    entries of a row are summed first. Untouched rows keep their momentum and their values.
+    entries of a row are summed first. What untouched rows have missed is up to ``lazy``.
 
     Args:
         params: parameters, named parameters, or parameter groups; floating point, any shape.
         lr: learning rate :math:`\eta`, a number or a 0-dim tensor.
         betas: ``(beta1, beta2)``: decay rates of the direction and of the momentum.
         weight_decay: :math:`\lambda`, decoupled: a parameter shrinks by ``lr * weight_decay``.
-        lazy: what happens to untouched rows of sparse gradients; "frozen": nothing.
+        lazy: what becomes of the steps that did not touch a row once it is touched again. "frozen":
+            nothing, it goes on from where it was. "decay": its momentum and its value first decay
+            as they would have in these steps. "exact": the steps along the sign of its momentum are
+            made up for as well, so that every row is what the dense rule makes of it (needs
+            ``direction="sign"``, ``betas > 0``). Both need ``scale=None`` and
+            ``lr * weight_decay < 1``, and rows to be current when they are read: see :meth:`track`
+            and :meth:`flush`. State: ``last_step``, int32, one number a row. See docs/lazy.md.
         rows: how a strided gradient of a parameter of two or more dimensions is taken. None: every
             element is updated. "nonzero": only rows (indices of the first dimension) with a nonzero
             element in the gradient. "tracked": only rows whose ids went through a module given to

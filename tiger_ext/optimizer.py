@@ -269,7 +269,7 @@ def _catch_up_on_reference(
         [s[rows].to(arithmetic) for s in stored],
         decay=missed.decay.to(arithmetic).reshape(each),
         drift=missed.drift.to(arithmetic).reshape(each) if group["lazy"] == "exact" else None,
-        factors=[betas[name].to(arithmetic).reshape(each) for name in names],
+        factors=[betas[name].reshape(each) for name in names],
         floors=[reference.smallest(s.dtype, arithmetic) for s in stored],
     )
     p[rows] = param.to(p.dtype)
@@ -475,10 +475,14 @@ class MixedOptimizer(torch.optim.Optimizer):
     # -------------------------------------------------------------------------------- tracking
 
     def track(self, module: nn.Module, parameter: Tensor | None = None) -> TrackingHandle:
-        """Record the ids that ``module`` looks up, for groups with ``rows="tracked"``.
+        """Tell the optimizer which rows ``module`` looks up, by a forward pre-hook.
 
-        A forward pre-hook notes the ids of every call in training mode with gradients enabled. The
-        next step then updates these rows, also where their gradient is exactly zero, and no others.
+        For groups with ``rows="tracked"`` the hook notes the ids of every call in training mode
+        with gradients enabled. The next step then updates these rows, also where their gradient is
+        exactly zero, and no others.
+
+        For groups with ``lazy="decay"`` or ``"exact"`` it brings these rows up to date before they
+        are read, in every mode. The cost depends on the number of ids alone.
 
         Args:
             module: an ``nn.Embedding``, ``nn.EmbeddingBag``, or any module whose first argument is

@@ -103,15 +103,16 @@ def catch_up(
 ) -> tuple[Tensor, list[Tensor]]:
     """Return (param, moments) after skipped steps; ``drift`` is None unless they were sign steps.
 
-    ``decay``, ``drift`` and ``factors``, one of each moment, are broadcast over the rows. A moment
-    that decays does not fall below its floor, so that it never becomes 0 by underflow.
+    ``decay``, ``drift`` and ``factors``, one of each moment and in float64, are broadcast over the
+    rows. A moment that decays does not fall below its floor, so that it never becomes 0 by
+    underflow; it does if its factor is 0.
     """
     param = decay * param
     if drift is not None:
         param = param - drift * sign(moments[0])
     after = []
     for m, factor, floor in zip(moments, factors, floors, strict=True):
-        decayed = m * factor.clamp(min=torch.finfo(m.dtype).tiny)
+        decayed = m * factor.to(m.dtype).clamp(min=torch.finfo(m.dtype).tiny)
         least = m.abs().clamp(max=floor)
         kept = torch.where(decayed.abs() < least, torch.copysign(least, m), decayed)
         after.append(torch.where(factor == 0, m * 0, kept))

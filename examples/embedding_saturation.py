@@ -57,6 +57,8 @@ ARMS = {
     "tiger": "dense Tiger",
     "lion": "dense Lion",
     "lazy": "lazy Tiger, sparse gradients",
+    "decay": 'sparse Tiger, lazy="decay"',
+    "exact": 'sparse Tiger, lazy="exact"',
     "nonzero": 'Tiger, rows="nonzero"',
     "tied": "tied, halves swapped",
     "tied-plain": "tied, not swapped",
@@ -65,6 +67,10 @@ ARMS = {
     "power": 'direction="power"',
     "adamw-all": "torch AdamW throughout",
 }
+SPARSE = ("lazy", "decay", "exact")
+MODES = ("decay", "exact")  # their rows lag until they are read or flushed
+COMPARED = ("tiger", "exact")  # one rule, so their tables are compared
+FAR = 1e-4  # of the bound; the rounding of one rule's two forms stays below it
 
 
 class Model(nn.Module):
@@ -235,6 +241,8 @@ def make_optimizer(
         return torch.optim.AdamW([table, rest], lr=lr), weight_decay
     if arm == "adamw":
         table |= {"algorithm": "adamw", "lr": lr}
+    elif arm in MODES:
+        table["lazy"] = arm
     elif arm == "nonzero":
         table["rows"] = "nonzero"
     elif arm == "clip":
@@ -246,14 +254,20 @@ def make_optimizer(
 
 
 def run_arm(arm: str, options: argparse.Namespace, task: Task | None = None) -> dict[str, Any]:
-    """Train one arm, fine-tune it, and return all that was measured."""
+    """Train one arm, fine-tune it, and return all that was measured.
+
+    For the arms in ``COMPARED`` the item "tables" is the whole table at each measurement, and
+    "once" the rows that are followed as seen once; ``compare_tables`` takes both out.
+    """
     torch.set_num_threads(options.threads)
     task = task or Task.make(options)
     torch.manual_seed(options.seed)
-    kind = {"lazy": "sparse", "tied": "tied", "tied-plain": "tied-plain"}.get(arm, "dense")
+    kind = "sparse" if arm in SPARSE else arm if arm.startswith("tied") else "dense"
     model = Model(task.vocabulary, options.dim, options.classes, kind)
     optimizer, weight_decay = make_optimizer(arm, model, options.lr, options.weight_decay)
     weight = model.table.weight
+    if arm in MODES:
+        optimizer.track(model.table)  # the rows of a batch are current when they are read
 
     tests = {name: task.at(positions) for name, positions in task.tests.items()}
     rare = (task.touches > 0) & (task.touches <= RARE_STEPS)
@@ -262,12 +276,20 @@ def run_arm(arm: str, options: argparse.Namespace, task: Task | None = None) -> 
     once = ((task.touches == 1) & early).nonzero().flatten()
     snapshots: list[tuple[int, Tensor]] = []
     history: list[dict[str, float]] = []
+    tables: list[Any] = []
     start = weight.detach()[once].clone()
 
+    def bring_up_to_date() -> None:
+        if arm in MODES:
+            optimizer.flush(progress=False)
+
     def measure(step: int) -> None:
+        bring_up_to_date()
         bound = weight.detach().abs() * weight_decay
         norms = weight.detach().norm(dim=1)
         snapshots.append((step, weight.detach()[once].clone()))
+        if arm in COMPARED:
+            tables.append(weight.detach().clone().numpy())
         history.append(
             {
                 "step": step,
@@ -308,6 +330,7 @@ def run_arm(arm: str, options: argparse.Namespace, task: Task | None = None) -> 
     for step, batch in enumerate(task.fine_tuning_batches(options.tune_steps), 1):
         train(*batch)
         if step % every == 0:
+            bring_up_to_date()
             losses = {name: model.evaluate(*test) for name, test in tests.items()}
             tuning.append({"step": step, **losses})
     return {
@@ -326,6 +349,7 @@ def run_arm(arm: str, options: argparse.Namespace, task: Task | None = None) -> 
         "drift": drift,
         "fine_tuning": tuning,
         "training_seconds": seconds,
+        **({"tables": tables, "once": once.tolist()} if arm in COMPARED else {}),
     }
 
 
@@ -370,6 +394,34 @@ def compare_drift(
     return result
 
 
+def compare_tables(done: dict[str, dict[str, Any]]) -> list[dict[str, float]]:
+    """Return how far arm "exact" is from arm "tiger" at each measurement, and drop the tables.
+
+    Differences are multiplied by the weight decay: they are in units of the bound. The arms'
+    gradients differ in rounding, since a sparse and a dense one add up a batch's repeated tokens in
+    different orders. Where a momentum is near 0 that turns a sign, and the two runs part.
+    """
+    arms = [done[arm] for arm in COMPARED if arm in done]
+    tables = [[torch.from_numpy(t) for t in arm.pop("tables")] for arm in arms]
+    once = [arm.pop("once") for arm in arms]
+    if len(arms) < len(COMPARED):
+        return []
+    result = []
+    for point, dense, exact in zip(arms[0]["history"], *tables, strict=True):
+        apart = (exact.double() - dense.double()).abs() * arms[0]["table_weight_decay"]
+        result.append(
+            {
+                "step": point["step"],
+                "largest": apart.max().item(),
+                "mean": apart.mean().item(),
+                "share_far": (apart > FAR).double().mean().item(),
+                "largest_seen_once": apart[once[0]].max().item(),
+                "mean_seen_once": apart[once[0]].mean().item(),
+            }
+        )
+    return result
+
+
 def save_plot(result: dict[str, Any], path: Path) -> None:
     """Draw the six panels of the study into a PNG file."""
     from matplotlib.figure import Figure
@@ -383,16 +435,11 @@ def save_plot(result: dict[str, Any], path: Path) -> None:
         style = {"color": f"C{index % 10}", "ls": styles[index % 3], "lw": 1.6}
         history = arm["history"]
         steps = [point["step"] for point in history]
-        markers = (
-            {**style, "ls": "none", "marker": "o", "ms": 4}
-            if arm["arm"]
-            in (
-                "tiger",
-                "lion",
-            )
-            else style
-        )
-        drift.plot(steps, [point["measured"] for point in arm["drift"]], **markers)
+        # Arms on the predicted curve are marks.
+        mark = {"tiger": "o", "lion": "o", "exact": "x"}.get(arm["arm"])
+        look = {**style, "ls": "none", "marker": mark, "ms": 4 if mark == "o" else 8}
+        measured = [point["measured"] for point in arm["drift"]]
+        drift.plot(steps, measured, **(look if mark else style))
         for axis, key in (
             (share, "share_090_rare"),
             (largest, "max_bound"),
@@ -427,7 +474,7 @@ def save_plot(result: dict[str, Any], path: Path) -> None:
     for axis in axes:
         axis.grid(alpha=0.3)
     names = [arm["name"] for arm in result["arms"]]
-    figure.legend(handles, names, loc="outside lower center", ncols=5)
+    figure.legend(handles, names, loc="outside lower center", ncols=6)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
@@ -521,9 +568,11 @@ def main() -> None:
         for name, value in vars(options).items()
         if name not in ("cache", "plot", "json", "arms", "quick")
     }
+    apart = compare_tables(done)
     result = {
         "setting": {**setting, "body_weight_decay": BODY_WEIGHT_DECAY, "torch": torch.__version__},
         "seconds": time.perf_counter() - begin,
+        "exact_against_tiger": apart,
         "arms": [done[arm] for arm in options.arms],
     }
     options.json.parent.mkdir(parents=True, exist_ok=True)
@@ -536,6 +585,14 @@ def main() -> None:
         f"1/weight_decay = {1 / options.weight_decay:g}. {result['seconds']:.0f} s in all.\n"
     )
     print(table(result))
+    if apart:
+        last = apart[-1]
+        print(
+            f'\nTables of lazy="exact" and of dense Tiger, differences in units of the bound: '
+            f"largest {last['largest']:.2g}, mean {last['mean']:.2g}, "
+            f"{last['share_far']:.2%} above {FAR:g}; "
+            f"rows seen once: largest {last['largest_seen_once']:.2g}."
+        )
     print(f"\nNumbers: {options.json}. Curves: {options.plot}")
 
 

@@ -421,9 +421,10 @@ def describe(apart: list[Tensor]) -> list[dict[str, float]]:
 def compare_tables(done: dict[str, dict[str, Any]]) -> list[dict[str, float]]:
     """Return how far arm "exact" is from arm "tiger" at each measurement, and drop the tables.
 
-    Differences are multiplied by the weight decay: they are in units of the bound. The arms'
-    gradients differ in rounding, since a sparse and a dense one add up a batch's repeated tokens in
-    different orders. Where a momentum is near 0 that turns a sign, and the two runs part.
+    Differences are multiplied by the weight decay: they are in units of the bound. The arms round
+    differently: "exact" takes skipped steps at once, and sparse and dense gradients may add up a
+    batch's repeated tokens in different orders. Where a momentum is near 0 that turns a sign; the
+    next gradients differ by more than rounding, and the two runs part.
     """
     arms = [done[arm] for arm in COMPARED if arm in done]
     tables = [[torch.from_numpy(t) for t in arm.pop("tables")] for arm in arms]

@@ -14,7 +14,7 @@ import tiger_ext
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "examples" / "embedding_saturation.py"
 PACKAGE = Path(tiger_ext.__file__).resolve().parents[1]  # the one under test
-ARMS = ["tiger", "lion", "lazy", "nonzero"]
+ARMS = ["tiger", "lion", "lazy", "decay", "exact", "nonzero"]
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
@@ -44,10 +44,10 @@ def study(folder):
     assert done.returncode == 0, done.stderr
     result = json.loads((folder / "study.json").read_text())
     assert [arm["arm"] for arm in result["arms"]] == ARMS
-    return {arm["arm"]: arm for arm in result["arms"]}
+    return {arm["arm"]: arm for arm in result["arms"]} | {"apart": result["exact_against_tiger"]}
 
 
-@pytest.mark.parametrize("arm", ["tiger", "lion"])
+@pytest.mark.parametrize("arm", ["tiger", "lion", "exact"])
 def test_dense_rules_follow_the_prediction(study, arm):
     assert study[arm]["rows"]["seen_once_early"] >= 20
     drift = study[arm]["drift"]
@@ -59,11 +59,43 @@ def test_dense_rules_follow_the_prediction(study, arm):
 
 
 def test_lazy_rows_stay_away_from_the_bound(study):
-    for arm in ("lazy", "nonzero"):
+    for arm in ("lazy", "nonzero", "decay"):
         assert study[arm]["drift"][-1]["measured"] < 0.1
         assert study[arm]["history"][-1]["share_090_rare"] < 0.01
         assert study[arm]["history"][-1]["rare_norm"] < study["tiger"]["history"][-1]["rare_norm"]
     assert study["tiger"]["history"][-1]["share_090_rare"] > 0.2
+
+
+def test_exact_rows_are_dense_tigers_at_every_measurement(study):
+    exact, tiger = study["exact"], study["tiger"]
+    assert len(study["apart"]) == len(tiger["history"])
+    for ours, dense, apart in zip(exact["drift"], tiger["drift"], study["apart"], strict=True):
+        assert ours["measured"] == pytest.approx(dense["measured"], abs=1e-4)
+        assert apart["largest_seen_once"] < 1e-4
+    assert study["apart"][-1]["mean"] > 0, "the two arms' tables must come from two runs"
+    # Later the two runs may part, when rounding turns signs; stale reads would part them at once.
+    assert study["apart"][1]["share_far"] < 0.001
+    last = exact["history"][-1]
+    for key in ("share_090_rare", "rare_norm", "max_bound"):
+        assert last[key] == pytest.approx(tiger["history"][-1][key], rel=0.02)
+
+
+def test_exact_is_dense_tiger_on_the_same_gradients(study):
+    points = study["exact"]["on_same_gradients"]
+    assert len(points) == len(study["exact"]["history"])
+    # Rounding turns the sign of a momentum that a gradient cancels, of one element or the other.
+    assert all(point["elements_far"] <= 5 for point in points)
+    assert 0 < points[-1]["largest_of_others"] < 1e-5
+
+
+def test_decay_shrinks_untouched_rows_as_the_dense_rule_does(study):
+    arm, steps = study["decay"], len(study["decay"]["drift"])
+    shares = [point["measured"] for point in arm["drift"]]
+    assert steps > 4
+    assert shares == sorted(shares, reverse=True), "no drift, at any measurement"
+    # lr * weight_decay is 0.01 in --quick; all but the one touched of 400 steps only shrink.
+    assert shares[-1] == pytest.approx(shares[0] * 0.99**400, rel=0.5)
+    assert arm["history"][-1]["rare_norm"] < 0.2 * study["lazy"]["history"][-1]["rare_norm"]
 
 
 def test_sparse_gradients_and_nonzero_rows_are_the_same_rule(study):
@@ -74,7 +106,7 @@ def test_sparse_gradients_and_nonzero_rows_are_the_same_rule(study):
 
 def test_every_arm_learns_and_is_fine_tuned(study):
     starts = set()
-    for arm in study.values():
+    for arm in (study[name] for name in ARMS):
         first, last = arm["history"][0], arm["history"][-1]
         starts.add(first["loss all"])
         assert last["loss all"] < first["loss all"] - 1

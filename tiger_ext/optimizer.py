@@ -863,13 +863,13 @@ class MixedOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the state as a dict; see ``torch.optim.Optimizer.state_dict``.
 
-        The history of a lazy mode becomes a tuple of numbers. No flush is needed before.
+        The history of a lazy mode becomes a string of numbers. No flush is needed before.
         """
 
         def save_histories(_: Any, state_dict: dict[str, Any]) -> None:
             for group in state_dict["param_groups"]:
                 if isinstance(group.get("history"), History):
-                    group["history"] = group["history"].saved()
+                    group["history"] = group["history"].text()
 
         hook = self.register_state_dict_post_hook(save_histories, prepend=True)
         try:
@@ -918,8 +918,8 @@ class MixedOptimizer(torch.optim.Optimizer):
             algorithm = algorithm_of(group.setdefault("algorithm", self._algorithm))
             for name, value in algorithm.defaults.items():
                 group.setdefault(name, value)
-            if not isinstance(group.get("history", History()), History):
-                group["history"] = History(group["history"])
+            if "history" in group:
+                group["history"] = History.of(group["history"])
 
 
 class _Reader:

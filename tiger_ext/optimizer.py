@@ -466,11 +466,11 @@ class MixedOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             if group.get("accumulation_steps", 1) == 1:
                 continue
-            done = group.get("micro_steps", 0) + 1
-            if id(group) in closing:
-                group["windows"] = group.get("windows", 0) + 1
-                done = 0
-            group["micro_steps"] = done
+            closes = id(group) in closing
+            # Both from the first micro-step on: distributed checkpointing fills what a fresh
+            # optimizer has after one.
+            group["windows"] = group.get("windows", 0) + closes
+            group["micro_steps"] = 0 if closes else group.get("micro_steps", 0) + 1
 
     # -------------------------------------------------------------------------------- tracking
 
@@ -891,8 +891,8 @@ class MixedOptimizer(torch.optim.Optimizer):
 
         def restore(_: Any) -> None:
             ids = (i for g in loaded["param_groups"] for i in g["params"])
-            params = (p for g in self.param_groups for p in g["params"])
-            for i, p in zip(ids, params, strict=True):
+            params = ((g, p) for g in self.param_groups for p in g["params"])
+            for i, (group, p) in zip(ids, params, strict=True):
                 for name, value in loaded["state"].get(i, {}).items():
                     if name == "step":
                         self.state[p][name] = torch.as_tensor(value).to(
@@ -900,6 +900,10 @@ class MixedOptimizer(torch.optim.Optimizer):
                         )
                     elif isinstance(value, Tensor):
                         self.state[p][name] = value.detach().to(p.device, copy=True)
+                window = self.state[p]["window"] if "window" in self.state.get(p, {}) else None
+                if window is not None and window.dim() > 0 and group.get("micro_steps", 0) > 0:
+                    # Distributed checkpointing drops the list, which a fresh optimizer lacks.
+                    self.state[p].setdefault("window_rows", _unlisted(p))
 
         # Registered last, the first hook sees the dict that all other hooks have made; registered
         # first, the second one lets the others see the final state.

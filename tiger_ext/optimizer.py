@@ -390,14 +390,12 @@ class MixedOptimizer(torch.optim.Optimizer):
             )
         # GradScaler's tensors. On a GPU they are read there, by the kernels.
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if found_inf is not None and found_inf.device.type == "cpu" and float(found_inf) != 0.0:
-            return
-        if (
-            found_inf is not None
-            and any(group.get("accumulation_steps", 1) > 1 for group in self.param_groups)
-            and float(found_inf) != 0.0
-        ):
-            return  # the windows' clock is on the host
+        if found_inf is not None:
+            windowed = any(group.get("accumulation_steps", 1) > 1 for group in self.param_groups)
+            # The windows' clock is on the host.
+            if (windowed or found_inf.device.type == "cpu") and float(found_inf) != 0.0:
+                self._forget_used_rows()
+                return
         undo: list[tuple[Tensor, str, Any]] = []
         windows: list[_WindowRows] = []
         try:
@@ -406,6 +404,7 @@ class MixedOptimizer(torch.optim.Optimizer):
                 passes.append(self._prepare_pass(False, grad_scale, found_inf, undo, windows))
             if any(each.cancelled(found_inf) for each in passes):
                 self._restore(undo)
+                self._forget_used_rows()
                 return
         except BaseException as error:
             self._restore(undo)
@@ -418,8 +417,7 @@ class MixedOptimizer(torch.optim.Optimizer):
             each.apply(grad_scale)
         self._advance_histories()
         self._advance_windows(windows)
-        for used in self._used_rows().values():
-            used.clear()
+        self._forget_used_rows()
 
     def _prepare_pass(
         self,
@@ -515,6 +513,11 @@ class MixedOptimizer(torch.optim.Optimizer):
     def _used_rows(self) -> dict[Tensor, UsedRows]:
         """Return what tracked modules have recorded; not part of any state dict."""
         return self.__dict__.setdefault("_tracked", {})
+
+    def _forget_used_rows(self) -> None:
+        """Begin the next step's record; also after a step that GradScaler cancelled."""
+        for used in self._used_rows().values():
+            used.clear()
 
     def _masks(self, index: int, group: dict[str, Any]) -> dict[Tensor, Tensor]:
         """Return the mask ``[rows]`` of the used rows of each tracked parameter."""

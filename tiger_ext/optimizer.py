@@ -98,7 +98,7 @@ class _ReferenceUpdate:
                     f"the state {name} has shape {list(s.shape)}, the parameter has shape "
                     f"{list(p.shape)}"
                 )
-        if self.grad is not None and self.group["nonfinite"] == "raise":
+        if self.grad is not None and self.group["nonfinite"] == "raise" and not p.is_meta:
             grad = self._units()[1]
             if not bool(torch.isfinite(grad).all()):
                 raise FloatingPointError("the gradient has a NaN or Inf")
@@ -588,7 +588,7 @@ class MixedOptimizer(torch.optim.Optimizer):
         p = group["params"][position]
         state = self.state[p]
         rows = last_step.numel()
-        if p.numel() == 0:
+        if p.numel() == 0 or p.is_meta:
             return
         if _native.C is not None and group["fused"] is not False:
             rule = _native_rule(group, _Part())
@@ -721,7 +721,8 @@ class MixedOptimizer(torch.optim.Optimizer):
                 update.check_state()
             except (RuntimeError, IndexError, FloatingPointError) as error:
                 raise type(error)(f"{self._label(index, position)}: {error}") from None
-            this.on_reference.append(update)
+            if not p.is_meta:
+                this.on_reference.append(update)
 
     def _checked_init_state(
         self,

@@ -937,7 +937,6 @@ class _Reader:
         self._optimizer = weakref.ref(optimizer)
         self._p = p
 
-    @torch.compiler.disable
     @torch.no_grad()
     def __call__(self, ids: Tensor) -> bool:
         """Bring the rows up to date; return whether the next step must know of them."""

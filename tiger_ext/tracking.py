@@ -60,6 +60,7 @@ class _Hook:
         self._used = None if used is None else weakref.ref(used)
         self._read = read
 
+    @torch.compiler.disable
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         used = self._used and self._used()
         if not used or self._read is None:

@@ -52,7 +52,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = 0.01 * (1 + step % 3)
         optimizer.zero_grad()
-        (call or model)(batch(step)).backward()
+        (model if call is None else call)(batch(step)).backward()
         optimizer.step()
 
 

@@ -142,6 +142,25 @@ def test_the_hook_of_a_tracked_module_is_one_graph_break():
     assert tracked.graph_count <= 3  # before the hook, the look-up, after it
 
 
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("rows", [None, "tracked"])
+def test_a_tracked_model_can_be_exported(strict, training, rows):
+    (model, optimizer), (twin, other) = pair(Tiger, "exact", rows is None, rows)
+    train(model, optimizer, range(5))
+    train(twin, other, range(5))
+    other.flush()
+    program = torch.export.export(twin.train(training), (batch(0),), strict=strict)
+    assert not [n for n in program.graph.nodes if "tiger_ext" in str(n.target)]
+    optimizer.flush()
+    assert_alike(optimizer, other)
+    with torch.no_grad():
+        assert torch.equal(program.module()(batch(7)), model(batch(7)))
+    train(model.train(training), optimizer, range(5, 8))  # the tracking has not ended
+    train(twin, other, range(5, 8))
+    assert_alike(optimizer, other)
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_inductor():
     (model, optimizer), (twin, other) = pair(Tiger, "exact", True)

@@ -52,7 +52,7 @@ def test_names_neither_help_nor_hinder_loading(cls, lazy, saved, loaded):
     other.load_state_dict(optimizer.state_dict())
     names = [name for name, _ in model.named_parameters()]
     expected = names if "named" in (saved, loaded) else None
-    # As torch's optimizers do: the dict's names win, and a dict without any changes none.
+    # As in torch's optimizers the dict's names win, and a dict without names changes none.
     assert other.param_groups[0].get("param_names") == expected
     sgd = torch.optim.SGD(make(Model(), loaded).param_groups[0]["params"], lr=0.1)
     sgd.load_state_dict(torch.optim.SGD(Model().named_parameters(), lr=0.1).state_dict())
@@ -71,6 +71,8 @@ def test_dtypes_of_the_state_survive(cls, lazy, dtype):
     file.seek(0)
     twin = copy.deepcopy(model)
     other = cls(twin.parameters())  # every option comes with the dict
+    optimizer.track(model.table)
+    other.track(twin.table)  # what is tracked before loading reads by the loaded history
     other.load_state_dict(torch.load(file, weights_only=True))
     for state in other.state.values():
         for name in ("exp_avg", "exp_avg_sq", "last_step", "step"):

@@ -122,6 +122,24 @@ def test_several_forward_passes_a_step_are_all_tracked():
     assert_alike(optimizer, other)
 
 
+def test_a_tracked_bag_of_changing_sizes():
+    results = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        bag = nn.EmbeddingBag(ROWS, DIM, mode="sum", sparse=True)
+        optimizer = Tiger(bag.parameters(), lazy="exact", **HYPER)
+        optimizer.track(bag)
+        call = torch.compile(bag, backend="aot_eager") if compiled else bag
+        for step in range(8):
+            ids = batch(step)[: 2 + step % 4]
+            optimizer.zero_grad()
+            call(ids, torch.tensor([0, 1 + step % 2])).square().sum().backward()
+            optimizer.step()
+        assert bag.weight.grad.is_sparse
+        results.append(optimizer)
+    assert_alike(*results)
+
+
 def test_the_hook_of_a_tracked_module_is_one_graph_break():
     class Table(nn.Module):
         def __init__(self):

@@ -904,7 +904,7 @@ class MixedOptimizer(torch.optim.Optimizer):
                         )
                     elif isinstance(value, Tensor):
                         self.state[p][name] = value.detach().to(p.device, copy=True)
-                window = self.state[p]["window"] if "window" in self.state.get(p, {}) else None
+                window = self.state.get(p, {}).get("window")
                 if window is not None and window.dim() > 0 and group.get("micro_steps", 0) > 0:
                     # Distributed checkpointing drops the list, which a fresh optimizer lacks.
                     self.state[p].setdefault("window_rows", _unlisted(p))

@@ -338,9 +338,7 @@ def report_on(tables: Iterable[Table]) -> HealthReport:
 def _steps(group: Mapping[str, Any], otherwise: int) -> int:
     """Return how many steps a group has taken: it is known if it is in a lazy mode."""
     history = group.get("history")
-    if history is None:
-        return otherwise
-    return history.steps if isinstance(history, History) else int(history[0])
+    return otherwise if history is None else History.of(history).steps
 
 
 def _last_touch(table: Table) -> int:

@@ -59,8 +59,23 @@ class History:
         self._native: Any = None
         self._native_settings = 0
 
+    @classmethod
+    def of(cls, saved: History | str | Sequence[float]) -> History:
+        """Return the history that is, or that ``text()`` or ``saved()`` returned."""
+        if isinstance(saved, History):
+            return saved
+        return cls([float(x) for x in saved.split()] if isinstance(saved, str) else saved)
+
+    def text(self) -> str:
+        """Return the history for state dicts, where its length must not show.
+
+        Distributed checkpointing takes lists and tuples apart, and expects a fresh optimizer's to
+        be as long as the saved ones.
+        """
+        return " ".join(map(repr, self.saved()))
+
     def saved(self) -> tuple[float, ...]:
-        """Return the history as plain numbers, for state dicts."""
+        """Return the history as plain numbers."""
         return (
             float(self.steps),
             float(self.begin),

@@ -98,7 +98,7 @@ class _ReferenceUpdate:
                     f"the state {name} has shape {list(s.shape)}, the parameter has shape "
                     f"{list(p.shape)}"
                 )
-        if self.grad is not None and self.group["nonfinite"] == "raise":
+        if self.grad is not None and self.group["nonfinite"] == "raise" and not p.is_meta:
             grad = self._units()[1]
             if not bool(torch.isfinite(grad).all()):
                 raise FloatingPointError("the gradient has a NaN or Inf")
@@ -390,14 +390,12 @@ class MixedOptimizer(torch.optim.Optimizer):
             )
         # GradScaler's tensors. On a GPU they are read there, by the kernels.
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if found_inf is not None and found_inf.device.type == "cpu" and float(found_inf) != 0.0:
-            return
-        if (
-            found_inf is not None
-            and any(group.get("accumulation_steps", 1) > 1 for group in self.param_groups)
-            and float(found_inf) != 0.0
-        ):
-            return  # the windows' clock is on the host
+        if found_inf is not None:
+            windowed = any(group.get("accumulation_steps", 1) > 1 for group in self.param_groups)
+            # The windows' clock is on the host.
+            if (windowed or found_inf.device.type == "cpu") and float(found_inf) != 0.0:
+                self._forget_used_rows()
+                return
         undo: list[tuple[Tensor, str, Any]] = []
         windows: list[_WindowRows] = []
         try:
@@ -406,6 +404,7 @@ class MixedOptimizer(torch.optim.Optimizer):
                 passes.append(self._prepare_pass(False, grad_scale, found_inf, undo, windows))
             if any(each.cancelled(found_inf) for each in passes):
                 self._restore(undo)
+                self._forget_used_rows()
                 return
         except BaseException as error:
             self._restore(undo)
@@ -418,8 +417,7 @@ class MixedOptimizer(torch.optim.Optimizer):
             each.apply(grad_scale)
         self._advance_histories()
         self._advance_windows(windows)
-        for used in self._used_rows().values():
-            used.clear()
+        self._forget_used_rows()
 
     def _prepare_pass(
         self,
@@ -466,11 +464,11 @@ class MixedOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             if group.get("accumulation_steps", 1) == 1:
                 continue
-            done = group.get("micro_steps", 0) + 1
-            if id(group) in closing:
-                group["windows"] = group.get("windows", 0) + 1
-                done = 0
-            group["micro_steps"] = done
+            closes = id(group) in closing
+            # Both from the first micro-step on: distributed checkpointing fills what a fresh
+            # optimizer has after one.
+            group["windows"] = group.get("windows", 0) + closes
+            group["micro_steps"] = 0 if closes else group.get("micro_steps", 0) + 1
 
     # -------------------------------------------------------------------------------- tracking
 
@@ -515,6 +513,11 @@ class MixedOptimizer(torch.optim.Optimizer):
     def _used_rows(self) -> dict[Tensor, UsedRows]:
         """Return what tracked modules have recorded; not part of any state dict."""
         return self.__dict__.setdefault("_tracked", {})
+
+    def _forget_used_rows(self) -> None:
+        """Begin the next step's record; also after a step that GradScaler cancelled."""
+        for used in self._used_rows().values():
+            used.clear()
 
     def _masks(self, index: int, group: dict[str, Any]) -> dict[Tensor, Tensor]:
         """Return the mask ``[rows]`` of the used rows of each tracked parameter."""
@@ -585,7 +588,7 @@ class MixedOptimizer(torch.optim.Optimizer):
         p = group["params"][position]
         state = self.state[p]
         rows = last_step.numel()
-        if p.numel() == 0:
+        if p.numel() == 0 or p.is_meta:
             return
         if _native.C is not None and group["fused"] is not False:
             rule = _native_rule(group, _Part())
@@ -718,7 +721,8 @@ class MixedOptimizer(torch.optim.Optimizer):
                 update.check_state()
             except (RuntimeError, IndexError, FloatingPointError) as error:
                 raise type(error)(f"{self._label(index, position)}: {error}") from None
-            this.on_reference.append(update)
+            if not p.is_meta:
+                this.on_reference.append(update)
 
     def _checked_init_state(
         self,
@@ -863,13 +867,13 @@ class MixedOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the state as a dict; see ``torch.optim.Optimizer.state_dict``.
 
-        The history of a lazy mode becomes a tuple of numbers. No flush is needed before.
+        The history of a lazy mode becomes a string of numbers. No flush is needed before.
         """
 
         def save_histories(_: Any, state_dict: dict[str, Any]) -> None:
             for group in state_dict["param_groups"]:
                 if isinstance(group.get("history"), History):
-                    group["history"] = group["history"].saved()
+                    group["history"] = group["history"].text()
 
         hook = self.register_state_dict_post_hook(save_histories, prepend=True)
         try:
@@ -891,8 +895,8 @@ class MixedOptimizer(torch.optim.Optimizer):
 
         def restore(_: Any) -> None:
             ids = (i for g in loaded["param_groups"] for i in g["params"])
-            params = (p for g in self.param_groups for p in g["params"])
-            for i, p in zip(ids, params, strict=True):
+            params = ((g, p) for g in self.param_groups for p in g["params"])
+            for i, (group, p) in zip(ids, params, strict=True):
                 for name, value in loaded["state"].get(i, {}).items():
                     if name == "step":
                         self.state[p][name] = torch.as_tensor(value).to(
@@ -900,6 +904,10 @@ class MixedOptimizer(torch.optim.Optimizer):
                         )
                     elif isinstance(value, Tensor):
                         self.state[p][name] = value.detach().to(p.device, copy=True)
+                window = self.state.get(p, {}).get("window")
+                if window is not None and window.dim() > 0 and group.get("micro_steps", 0) > 0:
+                    # Distributed checkpointing drops the list, which a fresh optimizer lacks.
+                    self.state[p].setdefault("window_rows", _unlisted(p))
 
         # Registered last, the first hook sees the dict that all other hooks have made; registered
         # first, the second one lets the others see the final state.
@@ -918,8 +926,8 @@ class MixedOptimizer(torch.optim.Optimizer):
             algorithm = algorithm_of(group.setdefault("algorithm", self._algorithm))
             for name, value in algorithm.defaults.items():
                 group.setdefault(name, value)
-            if not isinstance(group.get("history", History()), History):
-                group["history"] = History(group["history"])
+            if "history" in group:
+                group["history"] = History.of(group["history"])
 
 
 class _Reader:
@@ -929,7 +937,6 @@ class _Reader:
         self._optimizer = weakref.ref(optimizer)
         self._p = p
 
-    @torch.compiler.disable
     @torch.no_grad()
     def __call__(self, ids: Tensor) -> bool:
         """Bring the rows up to date; return whether the next step must know of them."""

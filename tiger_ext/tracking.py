@@ -61,6 +61,12 @@ class _Hook:
         self._read = read
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # An exported program reads the rows as they are; `flush` comes before.
+        if not torch.compiler.is_exporting():
+            self._look(module, args, kwargs)
+
+    @torch.compiler.disable
+    def _look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         used = self._used and self._used()
         if not used or self._read is None:
             return

@@ -592,10 +592,15 @@ def test_memory_of_sparse_windows(fused):
     for _ in range(5):
         step()
     opt.state[p]["exp_avg"].fill_(1e-3)  # its pages
-    before = psutil.Process().memory_info().rss
-    for _ in range(12):
-        step()
-    assert psutil.Process().memory_info().rss - before < 4 * MIB + most
+
+    def growth():
+        before = psutil.Process().memory_info().rss
+        for _ in range(12):
+            step()
+        return psutil.Process().memory_info().rss - before
+
+    # The allocator may take pages at any time; a leak shows in every round.
+    assert min(growth() for _ in range(3)) < 4 * MIB + most
 
 
 # ----------------------------------------------------------------------------------------- errors

@@ -339,10 +339,11 @@ def device_step(
         del opt.grad_scale, opt.found_inf
         return
     native = _native.C.Step(opt._faults(), grad_scale, found_inf)
+    this = optimizer._Pass(native, [], [])
     with mock.patch.object(optimizer, "_learning_rate", lambda group: group["lr"]):
         for index, group in enumerate(opt.param_groups):
             part = optimizer._Part()
-            assert opt._add_to_native(native, index, group, part, {}, []) == []
+            assert opt._add_to_native(this, index, group, part, {}, []) == []
     native.prepare()
     assert not native.cancelled()
     native.apply()

@@ -6,6 +6,7 @@
 // between; a row that fits the group's registers is read once.
 #include <type_traits>
 
+#include "lazy_rows.cuh"
 #include "multi_tensor.cuh"
 #include "roads_cuda.h"
 #include "row_tables.cuh"
@@ -19,6 +20,7 @@ template <typename T, typename Rule, typename Rows>
 struct CarefulWork {
   RuleSlot<Rule> rule;
   RuleParams params;
+  LazyTable lazy;
   TableEntries table;  // of a direct item: entry r is row r, and there are no keys
   Stream streams[1 + Rule::kStates];
   Rows rows[1 + Rule::kStates];
@@ -30,10 +32,17 @@ struct CarefulWork {
   int lanes;            // of a row: a power of two, at most a warp
 };
 
+// A block's rows: where those of sorted entries begin, and what rows in a lazy mode have missed.
+template <typename T>
+struct CarefulTile {
+  RowGap<T> gaps[kThreads];
+  RowsOfTile rows;
+};
+
 template <typename T, typename Rule, int kWidth, typename Rows, bool kDirect>
 struct CarefulUpdate {
   using Item = CarefulWork<T, Rule, Rows>;
-  static constexpr int kSharedBytes = kDirect ? 0 : sizeof(RowsOfTile);
+  static constexpr int kSharedBytes = sizeof(CarefulTile<T>);
   static constexpr int kMinBlocks = 2;
 
   Entries all;
@@ -48,22 +57,32 @@ struct CarefulUpdate {
     if (step_cancelled(found_inf)) return;
     const TableEntries& t = item.table;
     const int64_t begin = static_cast<int64_t>(block) * item.tile;
-    const int first = static_cast<int>(threadIdx.x) / item.lanes;
+    const int thread = static_cast<int>(threadIdx.x), first = thread / item.lanes;
+    CarefulTile<T>& shared = shared_memory<CarefulTile<T>>();
+    const bool lazy = item.lazy.last_step && !bad;
     if constexpr (kDirect) {
       const int64_t left = t.entries - begin;
       const int count = static_cast<int>(left < item.tile ? left : item.tile);
+      if (lazy) {
+        if (thread < count) look_up(item, begin + thread, shared.gaps[thread]);
+        __syncthreads();
+      }
       for (int k = first; k < count; k += kThreads / item.lanes)
-        Row(item, *this, begin + k, begin + k, 1, all).update();
+        Row(item, *this, begin + k, begin + k, 1, all, lazy ? &shared.gaps[k] : nullptr).update();
     } else {
-      RowsOfTile& rows = shared_memory<RowsOfTile>();
       const Entries tile = t.sorted(all).from(begin);
-      const int count = find_rows(t.entries, item.tile, tile, begin, rows);
+      const int count = find_rows(t.entries, item.tile, tile, begin, shared.rows);
+      const auto row_at = [&](int k) { return tile.row(shared.rows.begins[k]); };
+      if (lazy) {
+        if (thread < count && row_at(thread) != t.dropped_row)
+          look_up(item, row_at(thread) - item.first_row, shared.gaps[thread]);
+        __syncthreads();
+      }
       for (int k = first; k < count; k += kThreads / item.lanes) {
-        const int from = rows.begins[k];
-        const uint64_t row = tile.row(from);
-        if (row == t.dropped_row) continue;
-        Row(item, *this, static_cast<int64_t>(row - item.first_row), begin + from,
-            rows.begins[k + 1] - from, tile.from(from))
+        const int from = shared.rows.begins[k];
+        if (row_at(k) == t.dropped_row) continue;
+        Row(item, *this, static_cast<int64_t>(row_at(k) - item.first_row), begin + from,
+            shared.rows.begins[k + 1] - from, tile.from(from), lazy ? &shared.gaps[k] : nullptr)
             .update();
       }
     }
@@ -72,12 +91,24 @@ struct CarefulUpdate {
  private:
   using Values = RunValues<T, Any, kWidth>;
 
+  // Of one row, by one thread.
+  __device__ static void look_up(const Item& item, uint64_t row, RowGap<T>& gap) {
+    gap.template look_up<Rule::kStates>(item.lazy, item.lazy.last_step[row], item.streams + 1);
+  }
+
   // One row, seen by one of its lanes.
   class Row {
    public:
+    // `gap` is null but in a lazy mode.
     __device__ Row(const Item& item, const CarefulUpdate& functor, int64_t row, int64_t entry,
-                   int length, const Entries& run)
-        : item_(item), functor_(functor), row_(row), entry_(entry), length_(length), run_(run) {
+                   int length, const Entries& run, const RowGap<T>* gap)
+        : item_(item),
+          functor_(functor),
+          row_(row),
+          entry_(entry),
+          length_(length),
+          run_(run),
+          gap_(gap) {
       const int lane = static_cast<int>(threadIdx.x) % kWarp;
       lane_ = lane % item.lanes;
       group_ = item.lanes == kWarp ? kFullWarp : ((1u << item.lanes) - 1) << (lane - lane_);
@@ -114,14 +145,14 @@ struct CarefulUpdate {
         __syncwarp(group_);  // all lanes have read it
         if (lane_ == 0) item_.window[row_] = params.window;
       }
+      if (gap_ && lane_ == 0) item_.lazy.last_step[row_] = item_.lazy.updated();
       const bool kept = looks && item_.table.dim <= stride_;
       for (int c = column_; c < item_.table.dim; c += stride_) {
         if (!kept) load(c);
+        if (behind()) gap_->apply(item_.lazy, param_, states_);
         apply_rule(rule, grad_, param_, states_);
-        if (moves_param(rule)) store_vector<Any>(item_.streams[0], offset(0, c), true, param_);
-#pragma unroll
-        for (int k = 0; k < Rule::kStates; ++k)
-          store_vector<Any>(item_.streams[1 + k], offset(1 + k, c), true, states_[k]);
+        if (moves_param(rule) || behind()) store_param(c);
+        store_states(c);
       }
     }
 
@@ -169,15 +200,27 @@ struct CarefulUpdate {
       return facts;
     }
 
+    // A row that is behind catches up first; shrunk, it counts as untouched.
     __device__ void shrink() {
       const Shrink<T> rule(item_.params);
       for (int c = column_; c < item_.table.dim; c += stride_) {
-        load_vector<Any>(item_.streams[0], offset(0, c), true, param_);
+        load_param(c);
+        if (behind()) {
+          load_states(c);
+          gap_->apply(item_.lazy, param_, states_);
+          store_states(c);
+        }
 #pragma unroll
         for (int w = 0; w < kWidth; ++w) rule(T(0), param_[w]);
-        store_vector<Any>(item_.streams[0], offset(0, c), true, param_);
+        store_param(c);
+      }
+      if (behind() && lane_ == 0) {
+        int32_t& last = item_.lazy.last_step[row_];
+        last = item_.lazy.brought(last);
       }
     }
+
+    __device__ bool behind() const { return gap_ && gap_->behind; }
 
     __device__ int64_t offset(int stream, int c) const {
       return item_.rows[stream].offset(row_, c);
@@ -185,10 +228,24 @@ struct CarefulUpdate {
 
     __device__ void load(int c) {
       load_grad(c);
+      load_param(c);
+      load_states(c);
+    }
+    __device__ void load_param(int c) {
       load_vector<Any>(item_.streams[0], offset(0, c), true, param_);
+    }
+    __device__ void load_states(int c) {
 #pragma unroll
       for (int k = 0; k < Rule::kStates; ++k)
         load_vector<Any>(item_.streams[1 + k], offset(1 + k, c), true, states_[k]);
+    }
+    __device__ void store_param(int c) const {
+      store_vector<Any>(item_.streams[0], offset(0, c), true, param_);
+    }
+    __device__ void store_states(int c) const {
+#pragma unroll
+      for (int k = 0; k < Rule::kStates; ++k)
+        store_vector<Any>(item_.streams[1 + k], offset(1 + k, c), true, states_[k]);
     }
 
     // The row's summed gradient.
@@ -215,6 +272,7 @@ struct CarefulUpdate {
     int64_t row_, entry_;
     int length_;
     Entries run_;
+    const RowGap<T>* gap_;
     int lane_, column_, stride_;
     unsigned group_;  // the row's lanes
     T grad_[kWidth], param_[kWidth], states_[Rule::kStates][kWidth];
@@ -256,6 +314,7 @@ class CarefulWorks {
     CarefulWork<T, Rule, Rows> w{};
     w.rule = {*item.rule.params, rows.resolved};
     w.params = *item.rule.params;
+    w.lazy = LazyTable(item.rule);
     w.table = table_entries(item, const_cast<void*>(rows.sums));
     w.streams[0] = item.param;
     set_layout(w.rows[0], item.param_layout);

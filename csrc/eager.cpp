@@ -12,15 +12,15 @@
 #include <pybind11/stl.h>
 
 #include <array>
-#include <atomic>
 #include <map>
 #include <memory>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "checks.h"
-#include "history.h"
+#include "group_history.h"
 #include "step.h"
 
 namespace py = pybind11;
@@ -58,7 +58,7 @@ RuleParams make_rule(RuleKind kind, double beta1, double beta2, double eps, doub
                      const std::string& nonfinite, double shrink_ratio, double shrink_to,
                      const std::optional<std::string>& scale, double rms_floor,
                      const std::string& direction, double direction_scale, int32_t window,
-                     int64_t micro_steps, bool adds) {
+                     int64_t micro_steps, bool adds, const std::string& lazy) {
   RuleParams r;
   r.kind = kind;
   r.beta1 = beta1;
@@ -80,48 +80,19 @@ RuleParams make_rule(RuleKind kind, double beta1, double beta2, double eps, doub
   r.adds = adds;
   r.decays = adds;
   r.moves = window == 0 || !adds;
+  r.lazy = option<Lazy, 3>("lazy", lazy, {"frozen", "decay", "exact"});
   return r;
 }
-
-// The hyperparameters of a group's steps, where the kernels find them.
-class History {
- public:
-  void append(int64_t step, double lr, double weight_decay, double beta1, double beta2) {
-    const int64_t count = static_cast<int64_t>(stretches_.size());
-    stretches_.emplace_back();
-    stretches_.resize(append_step(stretches_.data(), count, step, lr, weight_decay, beta1, beta2));
-  }
-
-  // The rule of a group in a lazy mode whose rows are to be brought up to step `current`.
-  void use(RuleParams& rule, const std::string& mode, int32_t current) {
-    if (current != current_ || stretches_.size() != known_) {
-      static std::atomic<uint32_t> states{0};
-      number_ = ++states;
-      current_ = current;
-      known_ = stretches_.size();
-    }
-    rule.lazy = option<Lazy, 3>("lazy", mode, {"frozen", "decay", "exact"});
-    rule.current = current;
-    rule.history = number_;
-    rule.stretches = stretches_.data();
-    rule.stretch_count = static_cast<int64_t>(known_);
-  }
-
- private:
-  std::vector<Stretch> stretches_;
-  size_t known_ = 0;
-  int32_t current_ = -1;
-  uint32_t number_ = 0;
-};
 
 // Brings a table's rows up to date: those of `ids`, or rows [begin, end). Returns how many were
 // written, or None without kernels for the parameter.
 std::optional<int64_t> catch_up(const at::Tensor& param, const std::vector<at::Tensor>& states,
                                 const at::Tensor& last_step, const RuleParams& rule,
-                                const std::optional<at::Tensor>& ids, int64_t begin, int64_t end) {
+                                GroupHistory& history, const std::optional<at::Tensor>& ids,
+                                int64_t begin, int64_t end) {
   const CatchUpFunction function = catch_up_function(param.device().type());
-  if (!function || !plain(param) || param.layout() != at::kStrided ||
-      !is_storage_type(param.scalar_type()))
+  if (!function || !history.has(param.device()) || !plain(param) ||
+      param.layout() != at::kStrided || !is_storage_type(param.scalar_type()))
     return std::nullopt;
   const RuleNames& names = rule_names(rule.kind);
   if (states.size() != static_cast<size_t>(names.states))
@@ -130,6 +101,7 @@ std::optional<int64_t> catch_up(const at::Tensor& param, const std::vector<at::T
   u.param = param;
   u.last_step = last_step;
   u.rule = rule;
+  history.use(u.rule, param.device());
   for (int k = 0; k < names.states; ++k) u.states[k] = states[k];
   py::gil_scoped_release release;
   return function(u, ids ? *ids : at::Tensor(), begin, end);
@@ -147,12 +119,13 @@ class Step {
 
   // Adds the parameters of one group that have a gradient or, where the rule adds none, a window;
   // of all, or of those at `positions`. `rows` has, by parameter, the mask of its touched rows, or
-  // the list of those of its window. Returns (without_state, not_native, lagging): positions of
-  // parameters that were not added because their state must be created first, or because no native
-  // kernel can update them; and of those that were, but have rows that must catch up before
-  // `apply`.
+  // the list of those of its window. `history` is that of a group in a lazy mode. Returns
+  // (without_state, not_native, lagging): positions of parameters that were not added because their
+  // state, or the history where they are, must be created first, or because no native kernel can
+  // update them; and of those that were, but have rows that must catch up before `apply`.
   py::tuple add_group(const py::list& params, const py::dict& state, int group,
                       const RuleParams& group_rule, const py::object& lr, const py::dict& rows,
+                      const std::shared_ptr<GroupHistory>& history,
                       const std::optional<std::vector<int64_t>>& positions) {
     const RuleNames& names = rule_names(group_rule.kind);
     PyObject* keys[kMaxStateTensors] = {};
@@ -166,6 +139,7 @@ class Step {
     if (THPVariable_Check(lr.ptr())) u.lr = tensor(lr);
     else rule.lr = lr.cast<double>();
     u.group = group;
+    if (history) histories_.push_back(history);
 
     const int64_t count =
         positions ? static_cast<int64_t>(positions->size()) : PyList_GET_SIZE(params.ptr());
@@ -177,10 +151,10 @@ class Step {
         if (!u.param.unsafeGetTensorImpl()->grad().defined()) continue;
         u.grad = materialized(u.param.unsafeGetTensorImpl()->grad());
       }
-      DeviceStep* device = device_step(u.param);
+      DeviceStep* device = device_step(u.param.device().type());
       const bool sparse = rule.adds && u.grad.layout() == at::kSparse;
-      if (!device || !device->supports(rule) || !plain(u.param) ||
-          u.param.layout() != at::kStrided || !is_storage_type(u.param.scalar_type()) ||
+      if (!device || !plain(u.param) || u.param.layout() != at::kStrided ||
+          !is_storage_type(u.param.scalar_type()) ||
           (rule.adds && (!plain(u.grad) || !(sparse || u.grad.layout() == at::kStrided)))) {
         not_native.append(i);
         continue;
@@ -193,7 +167,8 @@ class Step {
       if (names.counts_steps && complete) complete = read(own, step_key, u.step);
       if (rule.window && complete) complete = read(own, window_key, u.window);
       const bool lazy = rule.lazy != Lazy::kFrozen;
-      if (lazy && complete) complete = read(own, last_step_key, u.last_step);
+      if (lazy && complete)
+        complete = read(own, last_step_key, u.last_step) && history->has(u.param.device());
       if (PyErr_Occurred()) throw py::error_already_set();
       if (!rule.adds && !complete) continue;
       const bool by_rows = rule.touched != Touched::kAll && u.param.dim() >= 2;
@@ -214,6 +189,7 @@ class Step {
       }
 
       u.rule = rule;
+      if (lazy) history->use(u.rule, u.param.device());
       if (!by_rows || sparse) u.rule.touched = Touched::kAll;
       if (!rule.moves) u.rule.scale = Scale::kNone;
       else if (rule.scale == Scale::kTensor &&
@@ -233,7 +209,7 @@ class Step {
         if (rule.adds) u.mask = t;
         else if (t.size(0) > 0 && u.window.dim() > 0) u.indices = t;
       }
-      if (lazy && rule.adds && !sparse && !goes_by_rows(u) && lags(u)) lagging.append(i);
+      if (lazy && rule.adds && !sparse && !goes_by_rows(u) && device->lags(u)) lagging.append(i);
       device->add(u);
       u.grad.reset();
       u.indices.reset();
@@ -249,10 +225,12 @@ class Step {
     for (const auto& [type, step] : devices_) step->prepare();
   }
 
-  bool cancelled() const {
+  // Nothing: only a device knows.
+  std::optional<bool> cancelled() const {
+    std::optional<bool> known;
     for (const auto& [type, step] : devices_)
-      if (step->cancelled()) return true;
-    return false;
+      if (const std::optional<bool> found = step->cancelled()) known = found;
+    return known;
   }
 
   void apply() {
@@ -260,21 +238,40 @@ class Step {
     for (const auto& [type, step] : devices_) step->apply();
   }
 
+  // Steps of groups in a lazy mode: (history, group, lr, weight_decay, first beta, last beta).
+  using GroupStep =
+      std::tuple<std::shared_ptr<GroupHistory>, int, py::object, double, double, double>;
+
+  void advance(const std::vector<GroupStep>& groups, const std::vector<at::Tensor>& counters) {
+    struct Work {
+      std::vector<HistoryStep> steps;
+      std::vector<at::Tensor> counters;
+    };
+    std::map<DeviceStep*, Work> work;
+    for (const auto& [history, group, lr, weight_decay, beta1, beta2] : groups) {
+      HistoryStep step;
+      if (THPVariable_Check(lr.ptr())) step.lr = tensor(lr);
+      else step.setting.lr = lr.cast<double>();
+      step.setting.weight_decay = weight_decay;
+      step.setting.beta1 = beta1;
+      step.setting.beta2 = beta2;
+      step.place.group = group;
+      for (const auto& [device, copy] : history->copies()) {
+        step.copy = copy.get();
+        work[device_step(device.type())].steps.push_back(step);
+      }
+    }
+    for (const at::Tensor& counter : counters)
+      work[device_step(counter.device().type())].counters.push_back(counter);
+    py::gil_scoped_release release;
+    for (const auto& [device, w] : work) device->advance(w.steps, w.counters);
+  }
+
  private:
-  DeviceStep* device_step(const at::Tensor& t) {
-    const c10::DeviceType type = t.device().type();
+  DeviceStep* device_step(c10::DeviceType type) {
     if (auto it = devices_.find(type); it != devices_.end()) return it->second.get();
     const DeviceStepFactory make = device_step_factory(type);
     return make ? (devices_[type] = make(context_)).get() : nullptr;
-  }
-
-  // Whether any row is behind the step before this one.
-  static bool lags(const Update& u) {
-    if (u.last_step.scalar_type() != at::kInt || !u.last_step.is_contiguous()) return false;
-    const int32_t* last = u.last_step.const_data_ptr<int32_t>();
-    for (int64_t r = 0; r < u.last_step.numel(); ++r)
-      if (current_up_to(last[r]) < u.rule.current) return true;
-    return false;
   }
 
   static const at::Tensor& tensor(py::handle object) {
@@ -304,6 +301,7 @@ class Step {
   }
 
   StepContext context_;
+  std::vector<std::shared_ptr<GroupHistory>> histories_;  // which rules point into
   std::map<c10::DeviceType, std::unique_ptr<DeviceStep>> devices_;
 };
 
@@ -320,6 +318,7 @@ void bind_eager(py::module_& m) {
     } catch (const UpdateError& e) {
       const char* kind = e.kind == UpdateError::Kind::kIndex       ? "index"
                          : e.kind == UpdateError::Kind::kNonfinite ? "nonfinite"
+                         : e.kind == UpdateError::Kind::kValue     ? "value"
                                                                    : "runtime";
       PyErr_SetObject(update_error->ptr(),
                       py::make_tuple(kind, e.place.group, e.place.position, e.what()).ptr());
@@ -331,10 +330,35 @@ void bind_eager(py::module_& m) {
       .value("ADAMW", RuleKind::kAdamW)
       .value("ADAMW_WITHOUT_MOMENT1", RuleKind::kAdamWWithoutMoment1)
       .value("MOMENTUM", RuleKind::kMomentum);
-  py::class_<History>(m, "History")
+  using Setting = std::tuple<int64_t, double, double, double, double>;
+  const auto setting = [](const Setting& s) {
+    return HistorySetting{std::get<0>(s), std::get<1>(s), std::get<2>(s), std::get<3>(s),
+                          std::get<4>(s)};
+  };
+  py::class_<GroupHistory, std::shared_ptr<GroupHistory>>(m, "History")
       .def(py::init<>())
-      .def("append", &History::append)
-      .def("use", &History::use, py::keep_alive<2, 1>());
+      .def("append", [=](GroupHistory& h, const Setting& s) { h.append(setting(s)); })
+      .def("bring_to", &GroupHistory::bring_to)
+      .def("has", &GroupHistory::has)
+      .def("place",
+           [=](GroupHistory& h, c10::Device device, int32_t steps,
+               const std::vector<Setting>& settings, bool many) {
+             HistoryNumbers numbers;
+             numbers.steps = steps;
+             for (const Setting& s : settings) numbers.settings.push_back(setting(s));
+             return h.place(device, numbers, many);
+           })
+      .def("has_copies", [](const GroupHistory& h) { return !h.copies().empty(); })
+      .def("steps_on",
+           [](const GroupHistory& h, c10::Device device) { return h.copies().at(device)->steps(); })
+      .def("forget", &GroupHistory::forget)
+      .def("read", [](const GroupHistory& h) {
+        const HistoryNumbers numbers = h.copies().begin()->second->read();
+        std::vector<Setting> settings;
+        for (const HistorySetting& s : numbers.settings)
+          settings.emplace_back(s.first, s.lr, s.weight_decay, s.beta1, s.beta2);
+        return std::make_pair(numbers.steps, settings);
+      });
   py::class_<RuleParams>(m, "Rule").def(py::init(&make_rule));
   m.def("catch_up", &catch_up);
 
@@ -345,7 +369,8 @@ void bind_eager(py::module_& m) {
       .def("add_group", &Step::add_group)
       .def("prepare", &Step::prepare)
       .def("cancelled", &Step::cancelled)
-      .def("apply", &Step::apply);
+      .def("apply", &Step::apply)
+      .def("advance", &Step::advance);
 }
 
 }  // namespace tiger_ext

@@ -129,6 +129,7 @@ TIGER_EXT_INLINE int64_t append_step(Stretch* stretches, int64_t count, int64_t 
 // The last of the stretches [low, high) that starts at or before `step`.
 TIGER_EXT_INLINE int64_t find_stretch(const Stretch* stretches, int64_t low, int64_t high,
                                       int64_t step) {
+  if (stretches[high - 1].first <= step) return high - 1;  // where the present is looked for
   while (high - low > 1) {
     const int64_t middle = low + (high - low) / 2;
     if (stretches[middle].first <= step) low = middle;
@@ -153,5 +154,49 @@ TIGER_EXT_INLINE SkippedSteps skipped_steps(const Stretch* stretches, int64_t co
       .then(after.until(stretches[last]))
       .then(stretches[last].of(to - stretches[last].first + 1));
 }
+
+// A, B and the P of both betas.
+struct Missed {
+  double decay, drift, beta1, beta2;
+};
+
+// P is 0 only where a beta was. `both`: whether the first beta's is wanted.
+TIGER_EXT_INLINE Missed missed(const SkippedSteps& s, bool both) {
+  const double least = 0x1p-1022;
+  const double p1 = both ? std::exp(s.log_beta1) : 1.0, p2 = std::exp(s.log_beta2);
+  return {std::exp(s.log_decay), s.drift,
+          s.zero_beta1 ? 0.0
+          : p1 < least ? least
+                       : p1,
+          s.zero_beta2 ? 0.0
+          : p2 < least ? least
+                       : p2};
+}
+
+// What that does to each element of a row. `floors` is of each state (storage.h).
+template <typename T, int kStates>
+TIGER_EXT_INLINE CatchUp<T> catch_up_with(const Missed& m, const T* floors) {
+  CatchUp<T> c;
+  c.decay = static_cast<T>(m.decay);
+  c.drift = static_cast<T>(m.drift);
+  for (int k = 0; k < kStates; ++k) {
+    // State k decays by beta1 or beta2, in the order of the states; an only one by the last beta.
+    const double factor = kStates == 2 && k == 0 ? m.beta1 : m.beta2;
+    c.factor[k] = static_cast<T>(factor);
+    if (factor == 0.0) continue;
+    const T least = static_cast<T>(sizeof(T) == 8 ? 0x1p-1022 : 0x1p-126);
+    if (c.factor[k] < least) c.factor[k] = least;  // Inf must not become NaN
+    c.floor[k] = floors[k];
+  }
+  return c;
+}
+
+// Where kernels find a history in a device's memory: this, and its stretches. The host knows
+// neither number without waiting: a step may not have happened, by AMP's found_inf, and a captured
+// graph takes steps of which the host is not told.
+struct HistoryClock {
+  int32_t steps;      // taken so far
+  int32_t stretches;  // how many there are
+};
 
 }  // namespace tiger_ext

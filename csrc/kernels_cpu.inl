@@ -428,34 +428,20 @@ template <typename T, typename Rule>
 class CatchUpTable {
  public:
   explicit CatchUpTable(const RowsItem& item) : params_(*item.rule.params), memory_(memory()) {
-    for (int k = 0; k < Rule::kStates; ++k) floor_[k] = smallest(item.states[k].storage);
+    for (int k = 0; k < Rule::kStates; ++k) floors_[k] = smallest_kept<T>(item.states[k].storage);
   }
 
   CatchUp<T> operator()(int32_t from) const {
     Entry& entry = memory_[static_cast<uint32_t>(from) % kEntries];
     const uint64_t key = params_.history << 32 | static_cast<uint32_t>(from);
     if (entry.key != key) fill(entry, key, from);
-    CatchUp<T> c;
-    c.decay = static_cast<T>(entry.decay);
-    c.drift = static_cast<T>(entry.drift);
-    for (int k = 0; k < Rule::kStates; ++k) {
-      // State k decays by beta1 or beta2, in the order of the states; the sign rules' only one by
-      // the last beta.
-      const bool first = Rule::kStates == 2 && k == 0;
-      const double factor = first ? entry.beta1 : entry.beta2;
-      c.factor[k] = static_cast<T>(factor);
-      if (factor == 0.0) continue;
-      const T least = std::numeric_limits<T>::min();
-      if (c.factor[k] < least) c.factor[k] = least;  // Inf must not become NaN
-      c.floor[k] = floor_[k];
-    }
-    return c;
+    return catch_up_with<T, Rule::kStates>(entry.missed, floors_);
   }
 
  private:
   struct Entry {
     uint64_t key = 0;
-    double decay, drift, beta1, beta2;
+    Missed missed;
   };
   static constexpr int kEntries = 1024;
 
@@ -465,31 +451,15 @@ class CatchUpTable {
   }
 
   __attribute__((noinline)) void fill(Entry& entry, uint64_t key, int32_t from) const {
-    const SkippedSteps s =
-        skipped_steps(params_.stretches, params_.stretch_count, from, params_.current);
-    entry.decay = std::exp(s.log_decay);
-    entry.drift = s.drift;
-    const double least = std::numeric_limits<double>::min();
-    const auto power = [&](double log, bool zero) {
-      const double p = std::exp(log);
-      return zero ? 0.0 : p < least ? least : p;
-    };
-    entry.beta1 = Rule::kStates == 2 ? power(s.log_beta1, s.zero_beta1) : 1.0;
-    entry.beta2 = power(s.log_beta2, s.zero_beta2);
+    entry.missed =
+        missed(skipped_steps(params_.stretches, params_.stretch_count, from, params_.current),
+               Rule::kStates == 2);
     entry.key = key;
-  }
-
-  // What decay alone does not take a state below: its storage would round it to 0, or a mode of
-  // the processor take it for 0.
-  static T smallest(Storage storage) {
-    if (storage == Storage::kFloat16) return static_cast<T>(0x1p-24);
-    if (storage == Storage::kFloat64) return std::numeric_limits<T>::min();
-    return static_cast<T>(std::numeric_limits<float>::min());
   }
 
   const RuleParams& params_;
   Entry* const memory_;
-  T floor_[kMaxStates] = {};
+  T floors_[kMaxStates] = {};
 };
 
 // Updates one row at a time, after a look at it if its rule asks for one.

@@ -18,6 +18,8 @@ namespace tiger_ext {
 // Of a table: sparse dimensions, and dimensions that do not follow one another in memory.
 constexpr int kMaxSeparateDims = 8;
 
+constexpr int kColumnTile = 1024;  // columns of a block's work
+
 // What the roads of one device need from outside.
 struct DeviceContext {
   cudaStream_t stream = nullptr;
@@ -107,8 +109,9 @@ class RowsRoadCuda {
   std::vector<void*> sums_;  // of each item: the sums of its long runs' pieces, or null
 };
 
-// Rows that are looked at before they are updated, or that belong to an accumulation window: the
-// rows of sorted entries, and those of direct items. `sums` and `sorted` are of the former.
+// Rows that are looked at before they are updated, or that belong to an accumulation window, or
+// long ones in a lazy mode: the rows of sorted entries, and those of direct items. `sums` and
+// `sorted` are of the former.
 struct CarefulRows {
   const RowsItem* item;
   const void* sums;
@@ -122,7 +125,8 @@ void find_nonfinite(const std::vector<CarefulRows>& rows, const SortedEntriesCud
 
 inline bool needs_care(const RowsItem& item) {
   const RuleParams& rule = *item.rule.params;
-  return item.direct || rule.kind == RuleKind::kMomentum || rule.looks() || item.rule.window;
+  return item.direct || rule.kind == RuleKind::kMomentum || rule.looks() || item.rule.window ||
+         (item.rule.last_step && item.dim > kColumnTile);
 }
 
 }  // namespace tiger_ext

@@ -12,7 +12,6 @@
 
 namespace tiger_ext {
 
-constexpr int kColumnTile = 1024;  // columns of a block's work
 constexpr int64_t kTargetBlocks = 2048;
 constexpr int kTileElements = 32768;  // of a block, when there are more blocks than the target
 

@@ -9,6 +9,7 @@
 // their own: one row with a million entries keeps the whole device busy.
 #include <type_traits>
 
+#include "lazy_rows.cuh"
 #include "multi_tensor.cuh"
 #include "roads_cuda.h"
 #include "row_tables.cuh"
@@ -180,6 +181,7 @@ struct CombinePieces {
 template <typename Rule, typename Rows>
 struct RowsWork {
   RuleSlot<Rule> rule;
+  LazyTable lazy;
   TableEntries table;
   Stream streams[1 + Rule::kStates];
   Rows rows[1 + Rule::kStates];
@@ -188,13 +190,20 @@ struct RowsWork {
   int lanes;  // of a row: a power of two, at most a warp
 };
 
-template <typename T, typename Rule, typename Access, int kWidth, typename Rows>
+// The rows that begin in a tile, and what each has missed.
+template <typename T>
+struct LazyRowsOfTile : RowsOfTile {
+  RowGap<T> gaps[kThreads];
+};
+
+template <typename T, typename Rule, typename Access, int kWidth, typename Rows, bool kLazy>
 struct RowsUpdate {
   using Item = RowsWork<Rule, Rows>;
+  using TileRows = std::conditional_t<kLazy, LazyRowsOfTile<T>, RowsOfTile>;
   static constexpr bool kNative = !std::is_same_v<Access, Any>;
   static constexpr int kInFlight = kNative ? 8 : 4;  // entries of a row that are read at a time
-  static constexpr int kSharedBytes = sizeof(RowsOfTile);
-  static constexpr int kMinBlocks = sizeof(T) == 8 ? 2 : kNative && kWidth > 1 ? 4 : 3;
+  static constexpr int kSharedBytes = sizeof(TileRows);
+  static constexpr int kMinBlocks = sizeof(T) == 8 ? 2 : kLazy || !kNative || kWidth == 1 ? 3 : 4;
 
   Entries all;
   const float* found_inf;
@@ -209,9 +218,13 @@ struct RowsUpdate {
     const uint32_t tiles = column_tiles(t.dim);
     const int64_t begin = static_cast<int64_t>(block / tiles) * item.tile;
     const int column_tile = static_cast<int>(block % tiles);
-    RowsOfTile& rows = shared_memory<RowsOfTile>();
+    TileRows& rows = shared_memory<TileRows>();
     const Entries tile = t.sorted(all).from(begin);
     const int count = find_rows(item.table.entries, item.tile, tile, begin, rows);
+    if constexpr (kLazy) {
+      look_up_gaps(item, tile, count, rows);
+      __syncthreads();
+    }
 
     const int column =
         column_tile * kColumnTile + static_cast<int>(threadIdx.x) % item.lanes * kWidth;
@@ -221,18 +234,33 @@ struct RowsUpdate {
       const int first = rows.begins[k], length = rows.begins[k + 1] - first;
       const uint64_t row = tile.row(first);
       if (row == t.dropped_row) continue;
+      const RowGap<T>* gap = nullptr;
+      if constexpr (kLazy) gap = &rows.gaps[k];
       for (int c = column; c < end; c += item.lanes * kWidth)
         update(item, tile.from(first), begin + first, length,
-               static_cast<int64_t>(row - item.first_row), c);
+               static_cast<int64_t>(row - item.first_row), c, gap);
     }
   }
 
  private:
   using Values = RunValues<T, Access, kWidth>;
 
+  // One thread a row, so that the arithmetic of many rows goes side by side. Sets the clocks: lazy
+  // tables have one tile of columns, so that no other block reads them.
+  __device__ static void look_up_gaps(const Item& item, const Entries& tile, int count,
+                                      TileRows& rows) {
+    const int k = static_cast<int>(threadIdx.x);
+    if (k >= count) return;
+    const uint64_t row = tile.row(rows.begins[k]);
+    if (row == item.table.dropped_row) return;
+    int32_t* const last = item.lazy.last_step + (row - item.first_row);
+    rows.gaps[k].template look_up<Rule::kStates>(item.lazy, *last, item.streams + 1);
+    *last = item.lazy.updated();
+  }
+
   // Columns [c, c + kWidth) of the row whose entries are the first `length` of `run`.
   __device__ static void update(const Item& item, const Entries& run, int64_t first, int length,
-                                int64_t row, int c) {
+                                int64_t row, int c, const RowGap<T>* gap) {
     const TableEntries& t = item.table;
     T grad[kWidth], param[kWidth], states[Rule::kStates][kWidth];
     int i = 1;
@@ -255,6 +283,8 @@ struct RowsUpdate {
       load_vector<Access>(item.streams[1 + k], item.rows[1 + k].offset(row, c), true, states[k]);
     for (; i + 2 <= length; i += 2) Values::template add<2>(t, run, i, c, grad);
     if (i < length) Values::template add<1>(t, run, i, c, grad);
+    if constexpr (kLazy)
+      if (gap->behind) gap->apply(item.lazy, param, states);
     apply_rule(item.rule.get(), grad, param, states);
     store_vector<Access>(item.streams[0], item.rows[0].offset(row, c), true, param);
 #pragma unroll
@@ -265,8 +295,8 @@ struct RowsUpdate {
 
 // ----------------------------------------------------------------------------------------- host
 
-// The works of one rule and arithmetic type, by the kernel that fits.
-template <typename T, typename Rule>
+// The works of one rule and arithmetic type, lazy ones or others, by the kernel that fits.
+template <typename T, typename Rule, bool kLazy>
 class Works {
  public:
   void add(const RowsItem& item, void* sums, const void* resolved) {
@@ -304,6 +334,7 @@ class Works {
                                    int width) {
     RowsWork<Rule, Rows> w{};
     w.rule = {*item.rule.params, resolved};
+    w.lazy = LazyTable(item.rule);
     w.table = table_entries(item, sums);
     w.streams[0] = item.param;
     set_layout(w.rows[0], item.param_layout);
@@ -322,8 +353,8 @@ class Works {
   static void launch(const std::vector<RowsWork<Rule, Rows>>& works,
                      const SortedEntriesCuda& sorted, const DeviceContext& context) {
     multi_tensor_apply(works,
-                       RowsUpdate<T, Rule, Access, kWidth, Rows>{{sorted.keys, sorted.entry_bits},
-                                                                 context.found_inf},
+                       RowsUpdate<T, Rule, Access, kWidth, Rows, kLazy>{
+                           {sorted.keys, sorted.entry_bits}, context.found_inf},
                        context.stream);
   }
 
@@ -365,13 +396,17 @@ void RowsRoadCuda::run(const RulesOnDevice& rules) const {
   sum_long_runs<float>(*items_, sums_, sorted_, context_->stream);
   sum_long_runs<double>(*items_, sums_, sorted_, context_->stream);
   for_each_rule([&]<typename T, typename Rule>() {
-    Works<T, Rule> works;
+    Works<T, Rule, false> works;
+    Works<T, Rule, true> lazy_works;
     for (size_t i = 0; i < items_->size(); ++i) {
       const RowsItem& item = (*items_)[i];
-      if (item.dim > 0 && is_updated_by<T, Rule>(item.rule, item.param) && !needs_care(item))
-        works.add(item, sums_[i], rules.rows(i));
+      if (item.dim == 0 || !is_updated_by<T, Rule>(item.rule, item.param) || needs_care(item))
+        continue;
+      if (item.rule.last_step) lazy_works.add(item, sums_[i], rules.rows(i));
+      else works.add(item, sums_[i], rules.rows(i));
     }
     works.launch(sorted_, *context_);
+    lazy_works.launch(sorted_, *context_);
   });
   std::vector<CarefulRows> careful;
   for (size_t i = 0; i < items_->size(); ++i)

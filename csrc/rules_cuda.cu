@@ -132,17 +132,17 @@ struct ResolveRule {
   __device__ static void write(const RuleParams& params, Verdict verdict, void* slot) {
     switch (params.kind) {
       case RuleKind::kSignMomentum:
-        *static_cast<ResolvedRule<SignMomentum<T>>*>(slot) = {SignMomentum<T>(params), verdict};
+        *static_cast<ResolvedRule<SignMomentum<T>>*>(slot) = {verdict, SignMomentum<T>(params)};
         return;
       case RuleKind::kAdamW:
-        *static_cast<ResolvedRule<AdamW<T>>*>(slot) = {AdamW<T>(params), verdict};
+        *static_cast<ResolvedRule<AdamW<T>>*>(slot) = {verdict, AdamW<T>(params)};
         return;
       case RuleKind::kAdamWWithoutMoment1:
-        *static_cast<ResolvedRule<AdamWWithoutMoment1<T>>*>(slot) = {AdamWWithoutMoment1<T>(params),
-                                                                     verdict};
+        *static_cast<ResolvedRule<AdamWWithoutMoment1<T>>*>(slot) = {
+            verdict, AdamWWithoutMoment1<T>(params)};
         return;
       case RuleKind::kMomentum:
-        *static_cast<ResolvedRule<Momentum<T>>*>(slot) = {Momentum<T>(params), verdict};
+        *static_cast<ResolvedRule<Momentum<T>>*>(slot) = {verdict, Momentum<T>(params)};
         return;
       case RuleKind::kShrink:
         return;  // a verdict here, never an item's rule

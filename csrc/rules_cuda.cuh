@@ -14,8 +14,8 @@ namespace tiger_ext {
 // What a kernel finds in device memory.
 template <typename Rule>
 struct ResolvedRule {
+  Verdict verdict;  // of a dense item; first, where it is whatever the rule
   Rule rule;
-  Verdict verdict;  // of a dense item
 };
 
 template <typename Rule>

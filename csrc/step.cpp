@@ -79,6 +79,14 @@ void Faults::raise() {
     throw UpdateError(UpdateError::Kind::kRuntime, place,
                       c10::str("an earlier gradient was marked as coalesced, but its entry ",
                                fault.entry, " does not come after the one before it"));
+  if (fault.kind == RowFault::kHistoryFull)
+    throw UpdateError(UpdateError::Kind::kRuntime, place,
+                      c10::str("the lazy mode's history is full: between two calls of flush() a "
+                               "captured graph may change its hyperparameters ",
+                               fault.rows, " times; rows that were behind have missed steps"));
+  if (fault.kind == RowFault::kRateTooLarge)
+    throw UpdateError(UpdateError::Kind::kValue, place,
+                      "an earlier step in a lazy mode had lr * weight_decay >= 1");
   throw bad_index(place, fault.entry, fault.index, fault.dimension, fault.rows);
 }
 

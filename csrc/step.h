@@ -13,10 +13,13 @@
 #include <ATen/core/Tensor.h>
 
 #include <memory>
+#include <optional>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "faults.h"
+#include "group_history.h"
 #include "update_rules.h"
 
 namespace tiger_ext {
@@ -50,7 +53,7 @@ struct Update {
 
 // A check that failed; the caller knows the parameter's name and completes the sentence.
 struct UpdateError : std::runtime_error {
-  enum class Kind { kRuntime, kIndex, kNonfinite };
+  enum class Kind { kRuntime, kIndex, kNonfinite, kValue };
   UpdateError(Kind kind, UpdatePlace place, const std::string& message)
       : std::runtime_error(message), kind(kind), place(place) {}
   Kind kind;
@@ -80,18 +83,31 @@ struct StepContext {
   Faults* faults = nullptr;
 };
 
+// One more step of a group in a lazy mode, for a copy of its history.
+struct HistoryStep {
+  HistoryCopy* copy = nullptr;
+  at::Tensor lr;           // if defined: one element that takes the place of setting.lr
+  HistorySetting setting;  // but for `first`
+  UpdatePlace place;
+};
+
 class DeviceStep {
  public:
   virtual ~DeviceStep() = default;
-  // Whether the device has kernels for the rule.
-  virtual bool supports(const RuleParams& rule) const = 0;
   // May change `update.rule`.
   virtual void add(Update& update) = 0;
+  // Whether rows of a strided gradient's parameter are behind, so that the caller must bring them
+  // up to date before `apply`. A device that cannot tell does it in `apply`.
+  virtual bool lags(const Update& update) const = 0;
   virtual void prepare() = 0;
-  // Whether found_inf cancels the step, as far as the host knows without waiting for a device. Then
-  // `apply` must not be called. A device that cannot tell leaves its tensors alone in `apply`.
-  virtual bool cancelled() const = 0;
+  // Whether found_inf cancels the step. Then `apply` must not be called. A device that cannot tell
+  // without waiting, and says nothing, leaves its tensors alone in `apply`.
+  virtual std::optional<bool> cancelled() const = 0;
   virtual void apply() = 0;
+  // After `apply`, unless found_inf cancels the step: the histories take the step, and counters of
+  // AdamW that belong to parameters without a gradient.
+  virtual void advance(const std::vector<HistoryStep>& steps,
+                       const std::vector<at::Tensor>& counters) = 0;
 };
 
 using DeviceStepFactory = std::unique_ptr<DeviceStep> (*)(const StepContext& context);

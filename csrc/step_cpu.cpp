@@ -24,10 +24,8 @@ class CpuStep final : public DeviceStep {
   explicit CpuStep(const StepContext& context) {
     cpu_kernels();  // a wrong TIGER_EXT_CPU_ISA shows before anything is written
     if (context.grad_scale.defined()) grad_scale_ = context.grad_scale.item<double>();
-    if (context.found_inf.defined()) cancelled_ = context.found_inf.item<double>() != 0.0;
+    cancelled_ = context.found_inf.defined() && context.found_inf.item<double>() != 0.0;
   }
-
-  bool supports(const RuleParams&) const override { return true; }
 
   void add(Update& u) override {
     check_update(u);
@@ -55,7 +53,19 @@ class CpuStep final : public DeviceStep {
                     ix.sizes[bad.dimension]);
   }
 
-  bool cancelled() const override { return cancelled_; }
+  bool lags(const Update& u) const override {
+    if (u.last_step.scalar_type() != at::kInt || !u.last_step.is_contiguous()) return false;
+    const int32_t* last = u.last_step.const_data_ptr<int32_t>();
+    return std::any_of(last, last + u.last_step.numel(),
+                       [&](int32_t l) { return current_up_to(l) < u.rule.current; });
+  }
+
+  std::optional<bool> cancelled() const override { return cancelled_; }
+
+  // Histories that the CPU reads belong to the host.
+  void advance(const std::vector<HistoryStep>&, const std::vector<at::Tensor>& counters) override {
+    for (const at::Tensor& counter : counters) ++*counter.mutable_data_ptr<int64_t>();
+  }
 
   void apply() override {
     const at::NoGradGuard no_grad;

@@ -10,18 +10,39 @@
 
 #include <map>
 #include <memory>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "checks.h"
 #include "fault_memory_cuda.h"
+#include "history_cuda.h"
 #include "item_builder.h"
+#include "lazy_cuda.h"
 #include "roads_cuda.h"
 #include "step.h"
 
 namespace tiger_ext {
 namespace {
+
+void check_cuda(cudaError_t status, const char* what) {
+  if (status != cudaSuccess)
+    throw std::runtime_error(std::string("tiger_ext: ") + what + ": " + cudaGetErrorString(status));
+}
+
+// What the kernels that go by rows can take.
+void check_rows(const Update& u, int64_t row_dims) {
+  const int64_t limit = kMaxSeparateDims;
+  if (row_dims > limit || (u.param.dim() - row_dims > limit && !u.param.is_contiguous()))
+    refuse(u, "the CUDA kernels take up to ", limit, " sparse and, unless the parameter is ",
+           "contiguous, ", limit, " dense dimensions, got ", row_dims, " and ",
+           u.param.dim() - row_dims);
+  int64_t dim = 1;
+  for (int64_t d = row_dims; d < u.param.dim(); ++d) dim *= u.param.size(d);
+  if (row_dims > 0 && dim > INT32_MAX)
+    refuse(u, "the CUDA kernels take rows of up to ", INT32_MAX, " elements, got ", dim);
+}
 
 // The part of a step that one device has. `prepare` and `apply` expect it to be current.
 class OneDevice {
@@ -39,7 +60,13 @@ class OneDevice {
   c10::Device device() const { return device_; }
 
   void add(const Update& u) {
-    if (u.indices.defined() || goes_by_rows(u)) check_rows(u);
+    if (u.indices.defined()) check_rows(u, u.indices.size(0));
+    else if (goes_by_rows(u)) check_rows(u, row_dims(u));
+    else if (u.last_step.defined() && u.rule.adds && u.param.numel() > 0) {
+      check_rows(u, u.last_step.dim());
+      lagging_.add_table(u);
+    }
+    lazy_ = lazy_ || u.last_step.defined();
     raises_ = raises_ || (u.rule.nonfinite == Nonfinite::kRaise && u.rule.adds);
     if (u.lr.defined() && !u.lr.is_same(lr_source_)) {
       lr_source_ = u.lr;
@@ -52,6 +79,7 @@ class OneDevice {
   void prepare(Faults& faults) {
     rules_.prepare(builder_.dense(), builder_.rows(), builder_.direct(), builder_.idle(), context_);
     dense_road_.prepare(builder_.dense(), context_);
+    if (lazy_ && !faults.memory) faults.memory = make_fault_memory();
     if (!builder_.rows().empty()) {
       if (!faults.memory) faults.memory = make_fault_memory();
       context_.faults = faults.memory.get();
@@ -63,15 +91,35 @@ class OneDevice {
   }
 
   void apply() {
+    std::vector<RowsToCatchUp> lagging;
+    for (const RowsItem& table : lagging_.direct())
+      lagging.push_back({&table, nullptr, 0, table.rows});
+    catch_up_rows(lagging, context_);
     builder_.start();
     rules_.run();
     dense_road_.run(rules_);
+    stamp_dense(builder_.dense(), rules_, context_);
     std::vector<CarefulRows> direct;
     for (size_t i = 0; i < builder_.direct().size(); ++i)
       direct.push_back({&builder_.direct()[i], nullptr, rules_.direct(i), 0});
     update_careful_rows(direct, {}, context_);
     rows_road_.run(rules_);
     builder_.finish();
+  }
+
+  void advance(const HistoryStep& step) {
+    const double* lr = step.lr.defined() ? pointer<double>(step.lr, at::kDouble) : nullptr;
+    histories_.push_back(static_cast<HistoryCopyCuda*>(step.copy)->advance(step, lr));
+  }
+  void advance(const at::Tensor& counter) {
+    histories_.push_back({});
+    histories_.back().counter = counter.mutable_data_ptr<int64_t>();
+  }
+  void run_advance(Faults& faults) {
+    if (!faults.memory) faults.memory = make_fault_memory();
+    context_.faults = faults.memory.get();
+    advance_histories(histories_, context_);
+    histories_.clear();
   }
 
  private:
@@ -101,12 +149,6 @@ class OneDevice {
     if (static_cast<size_t>(found) < places.size()) throw nonfinite_gradient(places[found]);
   }
 
-  static void check_cuda(cudaError_t status, const char* what) {
-    if (status != cudaSuccess)
-      throw std::runtime_error(std::string("tiger_ext: ") + what + ": " +
-                               cudaGetErrorString(status));
-  }
-
   // A small tensor in this device's memory, copied there if it must be, without waiting.
   template <typename T>
   T* pointer(const at::Tensor& t, at::ScalarType type) {
@@ -115,27 +157,14 @@ class OneDevice {
     return kept_.back().template mutable_data_ptr<T>();
   }
 
-  static void check_rows(const Update& u) {
-    const int64_t sparse_dim = u.indices.defined()                        ? u.indices.size(0)
-                               : u.window.defined() && u.window.dim() > 0 ? u.window.dim()
-                                                                          : 1;
-    const int64_t limit = kMaxSeparateDims;
-    if (sparse_dim > limit || (u.param.dim() - sparse_dim > limit && !u.param.is_contiguous()))
-      refuse(u, "the CUDA kernels take up to ", limit, " sparse and, unless the parameter is ",
-             "contiguous, ", limit, " dense dimensions, got ", sparse_dim, " and ",
-             u.param.dim() - sparse_dim);
-    int64_t dim = 1;
-    for (int64_t d = sparse_dim; d < u.param.dim(); ++d) dim *= u.param.size(d);
-    if (dim > INT32_MAX)
-      refuse(u, "the CUDA kernels take rows of up to ", INT32_MAX, " elements, got ", dim);
-  }
-
   c10::Device device_;
   DeviceContext context_;
   ItemBuilder builder_;
+  ItemBuilder lagging_;  // tables with strided gradients in a lazy mode
+  std::vector<HistoryAdvance> histories_;
   at::Tensor lr_source_;
   const double* lr_ = nullptr;
-  bool raises_ = false;
+  bool raises_ = false, lazy_ = false;
   RulesOnDevice rules_;
   DenseRoadCuda dense_road_;
   RowsRoadCuda rows_road_;
@@ -146,8 +175,6 @@ class CudaStep final : public DeviceStep {
  public:
   explicit CudaStep(const StepContext& context) : context_(context) {}
 
-  bool supports(const RuleParams& rule) const override { return rule.lazy == Lazy::kFrozen; }
-
   void add(Update& u) override {
     check_update(u);
     // The kernels look at float32 values, where the smallest float64 ones are zero.
@@ -156,10 +183,10 @@ class CudaStep final : public DeviceStep {
       u.mask = u.grad.ne(0).flatten(1).any(1).to(at::kByte);
       u.rule.touched = Touched::kMasked;
     }
-    std::unique_ptr<OneDevice>& device = devices_[u.param.device().index()];
-    if (!device) device = std::make_unique<OneDevice>(context_, u.param.device());
-    device->add(u);
+    on(u.param.device()).add(u);
   }
+
+  bool lags(const Update&) const override { return false; }  // `apply` looks
 
   void prepare() override {
     for (const auto& [index, device] : devices_) {
@@ -168,7 +195,9 @@ class CudaStep final : public DeviceStep {
     }
   }
 
-  bool cancelled() const override { return false; }  // the kernels see found_inf
+  std::optional<bool> cancelled() const override {
+    return context_.found_inf.defined() ? std::nullopt : std::optional(false);
+  }
 
   void apply() override {
     const at::NoGradGuard no_grad;
@@ -178,10 +207,55 @@ class CudaStep final : public DeviceStep {
     }
   }
 
+  void advance(const std::vector<HistoryStep>& steps,
+               const std::vector<at::Tensor>& counters) override {
+    const at::NoGradGuard no_grad;
+    for (const HistoryStep& step : steps)
+      on(static_cast<HistoryCopyCuda*>(step.copy)->device()).advance(step);
+    for (const at::Tensor& counter : counters) on(counter.device()).advance(counter);
+    for (const auto& [index, device] : devices_) {
+      const c10::cuda::CUDAGuard guard(device->device());
+      device->run_advance(*context_.faults);
+    }
+  }
+
  private:
+  OneDevice& on(c10::Device device) {
+    std::unique_ptr<OneDevice>& part = devices_[device.index()];
+    if (!part) {
+      const c10::cuda::CUDAGuard guard(device);
+      part = std::make_unique<OneDevice>(context_, device);
+    }
+    return *part;
+  }
+
   StepContext context_;
   std::map<c10::DeviceIndex, std::unique_ptr<OneDevice>> devices_;
 };
+
+// Whether rows are behind only their clocks know: every call counts as one that writes.
+int64_t catch_up(Update& u, const at::Tensor& ids, int64_t begin, int64_t end) {
+  const at::NoGradGuard no_grad;
+  const c10::Device device = u.param.device();
+  const c10::cuda::CUDAGuard guard(device);
+  check_update(u);
+  check_rows(u, u.last_step.dim());
+  ItemBuilder builder;
+  builder.add_table(u);
+  RowsToCatchUp rows{&builder.direct().front(), nullptr, begin, end};
+  at::Tensor list;
+  if (ids.defined()) {
+    list = ids.to(device, at::kLong).contiguous();
+    rows = {rows.item, list.const_data_ptr<int64_t>(), 0, list.numel()};
+  }
+  DeviceContext context;
+  context.stream = c10::cuda::getCurrentCUDAStream(device.index()).stream();
+  catch_up_rows({rows}, context);
+  builder.finish();
+  return rows.end - rows.begin;
+}
+
+const CatchUpRegistration catch_up_registration(c10::DeviceType::CUDA, catch_up);
 
 const DeviceRegistration registration(c10::DeviceType::CUDA, [](const StepContext& context) {
   return std::unique_ptr<DeviceStep>(std::make_unique<CudaStep>(context));

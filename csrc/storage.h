@@ -71,6 +71,15 @@ TIGER_EXT_INLINE Float16 narrow_float16(float x) {
   return {static_cast<uint16_t>(sign | (nan ? 0x7E00u : finite))};
 }
 
+// What decay alone does not take a state below: its storage would round it to 0, or a mode of the
+// processor take it for 0.
+template <typename T>
+TIGER_EXT_INLINE T smallest_kept(Storage s) {
+  return static_cast<T>(s == Storage::kFloat16                     ? 0x1p-24
+                        : s == Storage::kFloat64 && sizeof(T) == 8 ? 0x1p-1022
+                                                                   : 0x1p-126);
+}
+
 template <typename T>
 TIGER_EXT_INLINE T load_element(float x) {
   return static_cast<T>(x);

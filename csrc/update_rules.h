@@ -54,6 +54,7 @@ enum class Lazy : int8_t {
 };
 
 struct Stretch;
+struct HistoryClock;
 
 // What the rules need to know, in double, independent of the arithmetic type: one per tensor and
 // step.
@@ -89,6 +90,7 @@ struct RuleParams {
   uint64_t history = 0;  // a number of its own for each state of each history
   const Stretch* stretches = nullptr;  // of the history (history.h), in the device's memory
   int64_t stretch_count = 0;
+  const HistoryClock* clock = nullptr;  // on a GPU, has what `current` and `stretch_count` are
 
   // The step up to which a row is current after its update.
   TIGER_EXT_INLINE int32_t updated() const { return moves ? current + 1 : current; }

@@ -1,12 +1,13 @@
 from enum import Enum
 from typing import Any
 
+import torch
 from torch import Tensor
 
 class UpdateError(Exception):
     """A parameter's update was refused.
 
-    args: "index", "nonfinite" or "runtime"; group; position; text.
+    args: "index", "nonfinite", "value" or "runtime"; group; position; text.
     """
 
 class RuleKind(Enum):
@@ -15,15 +16,27 @@ class RuleKind(Enum):
     ADAMW_WITHOUT_MOMENT1 = ...
     MOMENTUM = ...
 
-class History:
-    """The hyperparameters of a group's steps."""
+Setting = tuple[int, float, float, float, float]
 
-    def append(
-        self, step: int, lr: float, weight_decay: float, beta1: float, beta2: float, /
-    ) -> None:
-        """From step number ``step`` on these are in force."""
-    def use(self, rule: Rule, mode: str, current: int, /) -> None:
-        """Make ``rule`` one of a lazy mode that brings rows up to step ``current``."""
+class History:
+    """The hyperparameters of a group's steps, where kernels read them."""
+
+    def append(self, setting: Setting, /) -> None:
+        """For kernels on the CPU: one setting more."""
+    def bring_to(self, steps: int, /) -> None:
+        """For kernels on the CPU: rows are to be brought up to this step."""
+    def has(self, device: torch.device, /) -> bool:
+        """Return whether kernels on ``device`` find it."""
+    def place(
+        self, device: torch.device, steps: int, settings: list[Setting], many: bool, /
+    ) -> bool:
+        """Begin a copy on ``device``; return whether its kernels need one."""
+    def has_copies(self) -> bool: ...
+    def steps_on(self, device: torch.device, /) -> Tensor:
+        """Return a copy of the device's number of steps, 0-dim, int32."""
+    def forget(self) -> None: ...
+    def read(self) -> tuple[int, list[Setting]]:
+        """Wait for a device and return its steps and settings."""
 
 class Rule:
     """A group's options but the learning rate, for one step."""
@@ -47,6 +60,7 @@ class Rule:
         window: int,
         micro_steps: int,
         adds: bool,
+        lazy: str,
         /,
     ) -> None: ...
 
@@ -69,19 +83,29 @@ class Step:
         rule: Rule,
         lr: float | Tensor,
         rows: dict[Tensor, Tensor],
+        history: History | None,
         positions: list[int] | None,
         /,
     ) -> tuple[list[int], list[int], list[int]]:
         """Return the positions without state, without a kernel, and with rows that lag behind."""
     def prepare(self) -> None: ...
-    def cancelled(self) -> bool: ...
+    def cancelled(self) -> bool | None:
+        """Return whether AMP cancels the step; None: only a device knows."""
     def apply(self) -> None: ...
+    def advance(
+        self,
+        groups: list[tuple[History, int, float | Tensor, float, float, float]],
+        counters: list[Tensor],
+        /,
+    ) -> None:
+        """Count a step in copies of histories, and in counters of AdamW, unless AMP cancels it."""
 
 def catch_up(
     param: Tensor,
     states: list[Tensor],
     last_step: Tensor,
     rule: Rule,
+    history: History,
     ids: Tensor | None,
     begin: int,
     end: int,

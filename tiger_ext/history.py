@@ -37,10 +37,17 @@ class Missed:
     betas: tuple[Tensor, Tensor]  # P of the first and of the last beta; 0 only where a beta was 0
 
 
+Setting = tuple[int, float, float, float, float]
+
+
 class History:
     """The hyperparameters of every step since the last flush.
 
     Steps with equal ones cost nothing; each change costs five numbers.
+
+    Where the kernels run on a GPU the history lies in its memory as well, and there it grows: only
+    the GPU knows whether a step happened (AMP) or what a learning rate in its memory is. The host
+    follows as long as it can tell without waiting; once it cannot, reading an attribute waits.
 
     Attributes:
         steps: the steps taken so far.
@@ -50,14 +57,33 @@ class History:
 
     def __init__(self, saved: Sequence[float] = (0.0, 0.0)) -> None:
         """Restore what ``saved()`` returned; the default is the start of training."""
-        self.steps = int(saved[0])
+        self._steps = int(saved[0])
         self.begin = int(saved[1])
-        self.settings: list[tuple[int, float, float, float, float]] = []
+        self._settings: list[Setting] = []
         for k in range(2, len(saved), _FIELDS):
             first, lr, weight_decay, beta1, beta2 = saved[k : k + _FIELDS]
-            self.settings.append((int(first), lr, weight_decay, beta1, beta2))
+            self._settings.append((int(first), lr, weight_decay, beta1, beta2))
+        self._behind = False  # what is here is older than what a GPU has
+        self._uncounted = 0  # steps since then that may have happened
+        self._replayed = False  # a captured graph may take steps at any time
         self._native: Any = None
-        self._native_settings = 0
+        self._native_settings: int | None = None  # how many of them kernels on the CPU have
+
+    @property
+    def steps(self) -> int:  # noqa: D102
+        self._ask()
+        return self._steps
+
+    @steps.setter
+    def steps(self, value: int) -> None:
+        self._ask()
+        self._steps = value
+        self._native, self._replayed = None, False
+
+    @property
+    def settings(self) -> list[Setting]:  # noqa: D102
+        self._ask()
+        return self._settings
 
     @classmethod
     def of(cls, saved: History | str | Sequence[float]) -> History:
@@ -84,21 +110,38 @@ class History:
 
     def check_room(self) -> None:
         """Raise OverflowError if an int32 clock cannot count one more step."""
-        if self.steps >= _MAX_STEPS:
+        if self._steps + self._uncounted >= _MAX_STEPS and self.steps >= _MAX_STEPS:
             raise OverflowError(f"the lazy modes count at most {_MAX_STEPS} steps")
+
+    @property
+    def started(self) -> bool:
+        """Whether there may have been a step; without asking a GPU."""
+        return self._steps > 0 or self._behind or self._replayed
 
     def advance(self, lr: float, weight_decay: float, betas: Sequence[float]) -> None:
         """Add a step with these hyperparameters."""
-        self.steps += 1
+        if self._behind:
+            self._uncounted += 1
+            return
+        self._steps += 1
         now = (lr, weight_decay, betas[0], betas[-1])
-        if not self.settings or self.settings[-1][1:] != now:
-            self.settings.append((self.steps, *now))
+        if not self._settings or self._settings[-1][1:] != now:
+            self._settings.append((self._steps, *now))
+
+    def fall_behind(self, *, for_good: bool = False) -> None:
+        """Leave a step to the copies on GPUs; ``for_good``: it will be replayed, too."""
+        self._behind = True
+        self._uncounted += 1
+        self._replayed = self._replayed or for_good
 
     def forget(self) -> None:
         """Drop the steps so far: every row is current."""
         self.begin = self.steps
-        self.settings.clear()
-        self._native = None
+        self._settings.clear()
+        if self._native is not None:
+            self._native.forget()
+        if self._native_settings is not None:
+            self._native_settings = 0
 
     def missed(self, since: Tensor) -> Missed:
         """Return the effect of all steps after ``since``, an int64 tensor of step numbers."""
@@ -128,14 +171,53 @@ class History:
         )
         return Missed(log_decay.exp(), drift, betas)
 
-    def use(self, rule: Any, mode: str) -> None:
-        """Tell a native rule that rows are to be brought up to the present."""
+    # ------------------------------------------------------------------------- for the kernels
+
+    @property
+    def placed(self) -> bool:
+        """Whether ``place`` was called."""
+        return self._native is not None
+
+    @property
+    def on_devices(self) -> bool:
+        """Whether a GPU has a copy."""
+        return self._native is not None and self._native.has_copies()
+
+    def native(self) -> Any:
+        """Return what the native step takes; after ``place``, wherever a parameter is."""
         if self._native is None:
-            self._native, self._native_settings = _native.C.History(), 0  # type: ignore[union-attr]
-        for setting in self.settings[self._native_settings :]:
-            self._native.append(*setting)
-        self._native_settings = len(self.settings)
-        self._native.use(rule, mode, self.steps)
+            self._native, self._native_settings = _native.C.History(), None  # type: ignore[union-attr]
+        if self._native_settings is not None:
+            steps = self.steps
+            for setting in self._settings[self._native_settings :]:
+                self._native.append(setting)
+            self._native_settings = len(self._settings)
+            self._native.bring_to(steps)
+        return self._native
+
+    def place(self, device: torch.device, *, many: bool) -> None:
+        """Make the history ready for kernels on ``device``; does nothing if it is.
+
+        ``many``: with room for all changes in the replays of a captured graph.
+        """
+        native = self.native()
+        if native.has(device):
+            return
+        if not native.place(device, self.steps, self._settings, many):
+            self._native_settings = 0
+            self.native()
+
+    def now(self, device: torch.device) -> int | Tensor:
+        """Return the steps so far; a tensor of the device where the host would have to wait."""
+        if (self._behind or self._replayed) and self._native.has(device):
+            return self._native.steps_on(device)
+        return self.steps
+
+    def _ask(self) -> None:
+        """Learn from a GPU what the host has missed."""
+        if self._behind or self._replayed:
+            self._steps, self._settings = self._native.read()
+            self._behind, self._uncounted = False, 0
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle and copy the numbers alone."""

@@ -399,10 +399,12 @@ class MixedOptimizer(torch.optim.Optimizer):
         undo: list[tuple[Tensor, str, Any]] = []
         windows: list[_WindowRows] = []
         try:
+            self._place_histories()
             passes = [self._prepare_pass(True, grad_scale, found_inf, undo, windows)]
             if any(_closes_window(group) for group in self.param_groups):
                 passes.append(self._prepare_pass(False, grad_scale, found_inf, undo, windows))
-            if any(each.cancelled(found_inf) for each in passes):
+            cancelled = [each.cancelled(found_inf) for each in passes]
+            if any(cancelled):
                 self._restore(undo)
                 self._forget_used_rows()
                 return
@@ -415,7 +417,7 @@ class MixedOptimizer(torch.optim.Optimizer):
             for place in each.before:
                 self._catch_up(*place)
             each.apply(grad_scale)
-        self._advance_histories()
+        self._advance_histories(passes[0].native, found_inf if None in cancelled else None)
         self._advance_windows(windows)
         self._forget_used_rows()
 
@@ -558,7 +560,7 @@ class MixedOptimizer(torch.optim.Optimizer):
                 _native.C.Step(self._faults(), None, None)
             except _native.C.UpdateError as error:
                 raise self._translated(error) from None
-        groups = [g for g in self.param_groups if g["lazy"] != "frozen" and _history(g).steps > 0]
+        groups = [g for g in self.param_groups if g["lazy"] != "frozen" and _history(g).started]
         rows = sum(len(p) if p.dim() else 1 for g in groups for p in g["params"])
         with _Progress(rows, progress) as bar:
             for index, group in enumerate(self.param_groups):
@@ -591,13 +593,17 @@ class MixedOptimizer(torch.optim.Optimizer):
         if p.numel() == 0 or p.is_meta:
             return
         if _native.C is not None and group["fused"] is not False:
+            history = _history(group)
+            history.place(p.device, many=group["capturable"])
             rule = _native_rule(group, _Part())
             states = [state[name] for name in _MOMENTS if name in state]
             chunk = rows if ids is not None else max(_FLUSH_ELEMENTS * rows // p.numel(), 1)
             for begin in range(0, rows, chunk):
                 end = min(begin + chunk, rows)
                 try:
-                    done = _native.C.catch_up(p, states, last_step, rule, ids, begin, end)
+                    done = _native.C.catch_up(
+                        p, states, last_step, rule, history.native(), ids, begin, end
+                    )
                 except _native.C.UpdateError as error:
                     raise self._translated(error, index, position) from None
                 if done is None:
@@ -626,31 +632,61 @@ class MixedOptimizer(torch.optim.Optimizer):
             if group["lazy"] == "frozen":
                 continue
             for position, q in enumerate(group["params"]):
-                if q is p and _history(group).steps > 0 and self._has_clock(p, group):
+                if q is p and _history(group).started and self._has_clock(p, group):
                     last_step = self.state[p]["last_step"]
                     # Ids are indices of the first dimension.
                     rows = None if last_step.dim() != 1 else ids
                     self._catch_up(index, position, last_step, rows)
 
-    def _advance_histories(self) -> None:
+    def _place_histories(self) -> None:
+        """Put the histories of lazy groups where the kernels of their parameters read them."""
         for group in self.param_groups:
+            if group["lazy"] == "frozen" or group["fused"] is False or _native.C is None:
+                continue
+            history = _history(group)
+            if history.placed:
+                continue
+            for device in {p.device for p in group["params"]}:
+                history.place(device, many=group["capturable"])
+
+    def _advance_histories(self, native: Any, found_inf: Tensor | None) -> None:
+        """Count the step, unless ``found_inf``, which the host has not read, cancels it."""
+        steps, counters = [], []
+        for index, group in enumerate(self.param_groups):
             if group["lazy"] == "frozen":
                 continue
             if group.get("accumulation_steps", 1) > 1 and not _closes_window(group):
                 continue
-            lr = _learning_rate(group)
-            _history(group).advance(float(lr), float(group["weight_decay"]), group["betas"])
-            if group["algorithm"] == "adamw":
-                for p in group["params"]:
-                    if p.grad is None and "step" in self.state.get(p, {}):
-                        self.state[p]["step"] += 1
+            history, lr = _history(group), _learning_rate(group)
+            weight_decay, betas = float(group["weight_decay"]), group["betas"]
+            if history.on_devices:
+                steps.append((history.native(), index, lr, weight_decay, betas[0], betas[-1]))
+                if found_inf is not None or isinstance(lr, Tensor) or _is_capturing():
+                    history.fall_behind(for_good=_is_capturing())
+                else:
+                    history.advance(lr, weight_decay, betas)
+            elif found_inf is None or float(found_inf) == 0.0:
+                history.advance(float(lr), weight_decay, betas)
+            else:
+                continue
+            if group["algorithm"] != "adamw":
+                continue
+            for p in group["params"]:
+                counter = None if p.grad is not None else self.state.get(p, {}).get("step")
+                if counter is not None and history.on_devices:
+                    counters.append(counter)
+                elif counter is not None:
+                    counter += 1
+        if steps:
+            native.advance(steps, counters)
 
     def _translated(
         self, error: Exception, index: int | None = None, position: int = 0
     ) -> Exception:
         kind, group, place, message = error.args
         name = self._label(group, place) if index is None else self._name(index, position)
-        exception = {"index": IndexError, "nonfinite": FloatingPointError}.get(kind, RuntimeError)
+        kinds = {"index": IndexError, "nonfinite": FloatingPointError, "value": ValueError}
+        exception = kinds.get(kind, RuntimeError)
         return exception(f"{name}: {message}")
 
     # ---------------------------------------------------------------------------- step: details
@@ -684,11 +720,15 @@ class MixedOptimizer(torch.optim.Optimizer):
         """Add a group to the native step; return the positions that have no native kernel."""
         params = group["params"]
         rule = _native_rule(group, part)
-        args = (params, self.state, index, rule, _learning_rate(group), rows)
+        history = None if group["lazy"] == "frozen" else _history(group)
+        own = None if history is None else history.native()
+        args = (params, self.state, index, rule, _learning_rate(group), rows, own)
         without_state, rest, lagging = this.native.add_group(*args, None)
         if without_state:
             for position in without_state:
                 self._checked_init_state(index, position, group, undo, this)
+                if history is not None:
+                    history.place(params[position].device, many=group["capturable"])
             lagging += this.native.add_group(*args, without_state)[2]
         for position in lagging:
             p = params[position]
@@ -770,8 +810,8 @@ class MixedOptimizer(torch.optim.Optimizer):
             undo.append((p, name, None))
             if name == "step":
                 # In a lazy mode every step of the group counts.
-                done = _history(group).steps if group["lazy"] != "frozen" else 0
-                state[name] = torch.full((), done, dtype=dtype, device=_clock_device(p))
+                done = _history(group).now(p.device) if group["lazy"] != "frozen" else 0
+                state[name] = torch.zeros((), dtype=dtype, device=_clock_device(p)) + done
                 continue
             state[name] = torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format)
             if large_table:
@@ -801,11 +841,12 @@ class MixedOptimizer(torch.optim.Optimizer):
             return
         history = _history(group)
         undo.append((p, "last_step", old))
-        now = history.steps
+        now = history.now(p.device)
         if old is None:
             # State of an optimizer without clocks is taken to be current.
             start = -1 - history.begin if fresh else now
-            state["last_step"] = torch.full(p.shape[:dims], start, dtype=_INT32, device=p.device)
+            zeros = torch.zeros(p.shape[:dims], dtype=_INT32, device=p.device)
+            state["last_step"] = zeros.add_(start)
             return
         # All rows will have caught up.
         touched = old >= 0
@@ -994,10 +1035,13 @@ class _Pass:
     # Group, position and last_step of parameters whose rows must be brought up to date before.
     before: list[tuple[int, int, Tensor]]
 
-    def cancelled(self, found_inf: Tensor | None) -> bool:
-        if self.native is not None and self.native.cancelled():
-            return True
-        return bool(self.on_reference) and found_inf is not None and float(found_inf) != 0.0
+    def cancelled(self, found_inf: Tensor | None) -> bool | None:
+        """Return whether AMP cancels the step; None: only a device knows."""
+        if found_inf is None:
+            return False
+        if self.on_reference:
+            return float(found_inf) != 0.0
+        return None if self.native is None else self.native.cancelled()
 
     def apply(self, grad_scale: Tensor | None) -> None:
         if self.native is not None:
@@ -1074,7 +1118,7 @@ def _native_rule(group: Mapping[str, Any], part: _Part) -> Any:
         kind = kinds.SIGN_MOMENTUM
     else:
         kind = kinds.MOMENTUM
-    rule = _native.C.Rule(  # type: ignore[union-attr]
+    return _native.C.Rule(  # type: ignore[union-attr]
         kind,
         betas[0],
         betas[-1],
@@ -1092,10 +1136,8 @@ def _native_rule(group: Mapping[str, Any], part: _Part) -> Any:
         part.window,
         part.micro_steps,
         part.adds,
+        group["lazy"],
     )
-    if group["lazy"] != "frozen":
-        group["history"].use(rule, group["lazy"])
-    return rule
 
 
 def _is_capturing() -> bool:

@@ -4,8 +4,11 @@
 #include "step.h"
 
 extern "C" __attribute__((visibility("default"))) void cuda_on_cpu_select(int emulated) {
-  using tiger_ext::device_step_factory;
-  static const tiger_ext::DeviceStepFactory native = device_step_factory(c10::DeviceType::CPU);
-  tiger_ext::DeviceRegistration(c10::DeviceType::CPU,
-                                emulated ? device_step_factory(c10::DeviceType::CUDA) : native);
+  using namespace tiger_ext;
+  constexpr auto kCpu = c10::DeviceType::CPU, kCuda = c10::DeviceType::CUDA;
+  static const auto step = device_step_factory(kCpu);
+  static const auto rows = catch_up_function(kCpu);
+  DeviceRegistration(kCpu, emulated ? device_step_factory(kCuda) : step);
+  CatchUpRegistration(kCpu, emulated ? catch_up_function(kCuda) : rows);
+  HistoryCopyRegistration(kCpu, emulated ? history_copy_factory(kCuda) : nullptr);
 }

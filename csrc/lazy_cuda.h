@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The lazy modes on CUDA, beside the roads: histories in device memory, and rows that are brought
+// up to date without a gradient. No torch.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "history.h"
+#include "items.h"
+#include "roads_cuda.h"
+
+namespace tiger_ext {
+
+// One more step of a history, or of a counter of AdamW, in device memory.
+struct HistoryAdvance {
+  HistoryClock* clock;  // or null
+  Stretch* stretches;
+  int32_t capacity;
+  double lr;
+  const double* lr_there;  // or null: in device memory, in the place of lr
+  double weight_decay, beta1, beta2;
+  int64_t* counter;  // or null
+  UpdatePlace place;
+};
+
+// Unless found_inf cancels the step. A history without room for a change counts the step, reports,
+// and goes on with the hyperparameters that it had.
+void advance_histories(const std::vector<HistoryAdvance>& work, const DeviceContext& context);
+
+// Writes a history of `count` settings, five doubles each in device memory: the first step, lr,
+// weight_decay, first and last beta.
+void write_history(HistoryClock* clock, Stretch* stretches, const double* settings, int32_t count,
+                   int32_t steps, cudaStream_t stream);
+
+// Brings rows of tables (items of ItemBuilder::add_table) up to date: rows [begin, end), or those
+// of ids[begin, end), any number of times each; ids that are no row are dropped.
+struct RowsToCatchUp {
+  const RowsItem* item;
+  const int64_t* ids;
+  int64_t begin, end;
+};
+void catch_up_rows(const std::vector<RowsToCatchUp>& work, const DeviceContext& context);
+
+// After the dense road: the clocks of tensors with strided gradients, as far as their verdicts let
+// them be updated. resolved[i] is that of items[i], or null.
+void stamp_dense(const std::vector<DenseItem>& items, const RulesOnDevice& rules,
+                 const DeviceContext& context);
+
+}  // namespace tiger_ext

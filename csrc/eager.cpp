@@ -139,7 +139,10 @@ class Step {
     if (THPVariable_Check(lr.ptr())) u.lr = tensor(lr);
     else rule.lr = lr.cast<double>();
     u.group = group;
-    if (history) histories_.push_back(history);
+    if (history) {
+      history->reserve();
+      histories_.push_back(history);
+    }
 
     const int64_t count =
         positions ? static_cast<int64_t>(positions->size()) : PyList_GET_SIZE(params.ptr());

@@ -44,12 +44,16 @@ void GroupHistory::forget() {
   for (const auto& [device, copy] : copies_) copy->forget();
 }
 
+void GroupHistory::reserve() {
+  for (const auto& [device, copy] : copies_) copy->reserve();
+}
+
 bool GroupHistory::has(c10::Device device) const {
   if (history_copy_factory(device.type())) return copies_.count(device) > 0;
   return current_ >= 0;
 }
 
-void GroupHistory::use(RuleParams& rule, c10::Device device) {
+void GroupHistory::use(RuleParams& rule, c10::Device device) const {
   if (history_copy_factory(device.type())) return copies_.at(device)->use(rule);
   rule.current = current_;
   rule.history = number_;

@@ -36,9 +36,10 @@ struct HistoryNumbers {
 class HistoryCopy {
  public:
   virtual ~HistoryCopy() = default;
-  // Tells a rule where it lies, and makes room for one more step. Called before anything is
-  // written; fails with std::length_error if there can be no room.
-  virtual void use(RuleParams& rule) = 0;
+  // Makes room for one more step, before anything is written. Fails with std::length_error.
+  virtual void reserve() = 0;
+  // Tells a rule where it lies.
+  virtual void use(RuleParams& rule) const = 0;
   // The steps taken: one int32 element of the device, not waited for.
   virtual at::Tensor steps() const = 0;
   // Drops the settings: every row is current.
@@ -74,10 +75,12 @@ class GroupHistory {
   // Drops all settings, everywhere.
   void forget();
 
+  // Makes room for one more step in all copies.
+  void reserve();
   // Whether kernels find the history from there.
   bool has(c10::Device device) const;
   // Where they do: tells them by the rule.
-  void use(RuleParams& rule, c10::Device device);
+  void use(RuleParams& rule, c10::Device device) const;
   // Begins a copy for a device whose kernels need one; returns whether they do.
   bool place(c10::Device device, const HistoryNumbers& numbers, bool many);
 

@@ -47,8 +47,7 @@ HistoryCopyCuda::HistoryCopyCuda(c10::Device device, const HistoryNumbers& numbe
   if (most_ > 0) last_ = numbers.settings.back();
 }
 
-void HistoryCopyCuda::use(RuleParams& rule) {
-  reserve();
+void HistoryCopyCuda::use(RuleParams& rule) const {
   rule.clock = clock();
   rule.stretches = stretches();
 }

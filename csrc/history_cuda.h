@@ -18,16 +18,16 @@ class HistoryCopyCuda final : public HistoryCopy {
   HistoryCopyCuda(c10::Device device, const HistoryNumbers& numbers, bool many);
 
   c10::Device device() const { return device_; }
-  void use(RuleParams& rule) override;
-  // Work for advance_histories. `use` has made room. `lr_there`: where the learning rate lies in
-  // the device's memory, or null.
+  void reserve() override;
+  void use(RuleParams& rule) const override;
+  // Work for advance_histories. `reserve` has made room. `lr_there`: where the learning rate lies
+  // in the device's memory, or null.
   HistoryAdvance advance(const HistoryStep& step, const double* lr_there);
   at::Tensor steps() const override;
   void forget() override;
   HistoryNumbers read() override;
 
  private:
-  void reserve();
   at::Tensor room(int64_t capacity) const;
   cudaStream_t stream() const;
   HistoryClock* clock() const {

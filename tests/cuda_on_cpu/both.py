@@ -341,12 +341,15 @@ def device_step(
     native = _native.C.Step(opt._faults(), grad_scale, found_inf)
     this = optimizer._Pass(native, [], [])
     with mock.patch.object(optimizer, "_learning_rate", lambda group: group["lr"]):
+        opt._place_histories()
         for index, group in enumerate(opt.param_groups):
             part = optimizer._Part()
-            assert opt._add_to_native(this, index, group, part, {}, []) == []
-    native.prepare()
-    assert not native.cancelled()
-    native.apply()
+            rows = opt._masks(index, group)
+            assert opt._add_to_native(this, index, group, part, rows, []) == []
+        native.prepare()
+        assert this.cancelled(found_inf) is (False if found_inf is None else None)
+        this.apply(grad_scale)
+        opt._advance_histories(native, found_inf)
 
 
 @contextmanager

@@ -39,6 +39,16 @@ def seed(value: int) -> None:
     _library.cuda_on_cpu_seed(value)
 
 
+@contextmanager
+def capturing() -> Iterator[None]:
+    """Let streams say that they are being captured in a graph; kernels run as ever."""
+    _library.cuda_on_cpu_capture(1)
+    try:
+        yield
+    finally:
+        _library.cuda_on_cpu_capture(0)
+
+
 def launches() -> int:
     """Return how many kernels were launched so far; a call of CUB counts as one."""
     return _library.cuda_on_cpu_launches()

@@ -569,8 +569,10 @@ const char* cudaGetErrorName(cudaError_t error) {
 
 const char* cudaGetErrorString(cudaError_t error) { return cudaGetErrorName(error); }
 
+static bool capturing = false;
+
 cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
-  *status = cudaStreamCaptureStatusNone;
+  *status = capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
   return cudaSuccess;
 }
 
@@ -594,6 +596,9 @@ EXPORT void cuda_on_cpu_seed(uint64_t seed) {
   const std::lock_guard lock(cuda_on_cpu::mutex);
   cuda_on_cpu::random_state = seed;
 }
+
+// Streams say that they are being captured, while kernels run as ever.
+EXPORT void cuda_on_cpu_capture(int on) { capturing = on != 0; }
 
 EXPORT uint64_t cuda_on_cpu_launches() {
   const std::lock_guard lock(cuda_on_cpu::mutex);

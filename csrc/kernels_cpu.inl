@@ -491,8 +491,9 @@ class RowUpdate {
     const int32_t now = old < 0 ? -1 - current : current;
     if (!__atomic_compare_exchange_n(last, &old, now, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED))
       return false;  // another thread does it
-    update_after(NoUpdate<T, Rule::kStates>(), current_up_to(old), place(row),
-                 [](int64_t, int64_t) { return zeros<T>(); });
+    const CatchUp<T> missed = catch_up_(current_up_to(old));
+    update(NoUpdate<T, Rule::kStates>(), &missed, place(row),
+           [](int64_t, int64_t) { return zeros<T>(); });
     return true;
   }
 
@@ -509,51 +510,57 @@ class RowUpdate {
     return at;
   }
 
-  // The update of a row that has caught up with the steps it skipped.
+  // The update of a row, which first catches up with the steps it skipped.
   template <typename GradOf>
   TIGER_EXT_INLINE void update_current(const Rule& rule, int64_t row, const Place& at,
                                        const GradOf& grad_of) const {
+    CatchUp<T> missed;
+    bool behind = false;
     if (item_.rule.last_step) {
       int32_t& last = item_.rule.last_step[row];
       const int32_t from = current_up_to(last);
       last = params_.updated();
-      if (from < params_.current) return update_after(rule, from, at, grad_of);
+      behind = from < params_.current;
+      if (behind) missed = catch_up_(from);
     }
-    update(rule, at, grad_of);
+    update(rule, behind ? &missed : nullptr, at, grad_of);
   }
 
+  // `missed`: null if the row is current.
   template <typename AnyRule, typename GradOf>
-  TIGER_EXT_INLINE void update_after(const AnyRule& rule, int32_t from, const Place& at,
-                                     const GradOf& grad_of) const {
-    const CatchUp<T> c = catch_up_(from);
-    if constexpr (std::is_base_of_v<Momentum<T>, Rule>)
-      if (params_.lazy == Lazy::kExact)
-        return update(AfterCatchUp<T, AnyRule, true>(rule, c), at, grad_of);
-    update(AfterCatchUp<T, AnyRule, false>(rule, c), at, grad_of);
-  }
-
-  template <typename AnyRule, typename GradOf>
-  TIGER_EXT_INLINE void update(const AnyRule& rule, const Place& at, const GradOf& grad_of) const {
+  TIGER_EXT_INLINE void update(const AnyRule& rule, const CatchUp<T>* missed, const Place& at,
+                               const GradOf& grad_of) const {
     for (int64_t c = 0; c < item_.dim; c += kBlock) {
       const int64_t n = item_.dim - c < kBlock ? item_.dim - c : kBlock;
       const T* const grad = grad_of(c, n);
-      if constexpr (kInPlace) {
-        T* states[kMaxStates];
-        for (int k = 0; k < Rule::kStates; ++k)
-          states[k] = static_cast<T*>(item_.states[k].data) + at.states[k] + c;
-        apply(rule, grad, static_cast<T*>(item_.param.data) + at.param + c, states, n);
-      } else {
-        int64_t state_offsets[kMaxStates];
-        const int64_t* state_indices[kMaxStates];
-        for (int k = 0; k < Rule::kStates; ++k) {
-          state_offsets[k] = offset(item_.state_layouts[k], at.states[k], c);
-          state_indices[k] = index(item_.state_layouts[k], c);
+      after(rule, missed, [&](const auto& whole) {
+        if constexpr (kInPlace) {
+          T* states[kMaxStates];
+          for (int k = 0; k < Rule::kStates; ++k)
+            states[k] = static_cast<T*>(item_.states[k].data) + at.states[k] + c;
+          apply(whole, grad, static_cast<T*>(item_.param.data) + at.param + c, states, n);
+        } else {
+          int64_t state_offsets[kMaxStates];
+          const int64_t* state_indices[kMaxStates];
+          for (int k = 0; k < Rule::kStates; ++k) {
+            state_offsets[k] = offset(item_.state_layouts[k], at.states[k], c);
+            state_indices[k] = index(item_.state_layouts[k], c);
+          }
+          apply_converted(whole, grad, item_.param, offset(item_.param_layout, at.param, c),
+                          index(item_.param_layout, c), item_.states, state_offsets, state_indices,
+                          n);
         }
-        apply_converted(rule, grad, item_.param, offset(item_.param_layout, at.param, c),
-                        index(item_.param_layout, c), item_.states, state_offsets, state_indices,
-                        n);
-      }
+      });
     }
+  }
+
+  // f(the rule, after the catch-up if there is one).
+  template <typename AnyRule, typename F>
+  TIGER_EXT_INLINE void after(const AnyRule& rule, const CatchUp<T>* missed, const F& f) const {
+    if (!missed) return f(rule);
+    if constexpr (std::is_base_of_v<Momentum<T>, Rule>)
+      if (params_.lazy == Lazy::kExact) return f(AfterCatchUp<T, AnyRule, true>(rule, *missed));
+    f(AfterCatchUp<T, AnyRule, false>(rule, *missed));
   }
 
   // Whether the row is to be updated, and by which rule. Shrinks it if that is the verdict.
@@ -662,7 +669,7 @@ TIGER_EXT_INLINE void for_each_run(const RowsItem& item, const SortedEntries& so
     else if (next - i > kPiece) grad = find_long_run<T>(long_runs, i);
     int64_t summed = -1;  // the block that `sum` holds
 
-    const auto grad_of = [&](int64_t c, int64_t n) -> const T* {
+    const auto grad_of = [&](int64_t c, int64_t n) __attribute__((always_inline)) -> const T* {
       prefetch(i, next, c, n);
       if (!item.values.data) return zeros<T>();
       if (grad) return grad + c;
@@ -770,18 +777,31 @@ struct CatchUpOfRule {
   }
 
  private:
+  // Of each block of rows first those are listed that are behind: few, where ids repeat, so that
+  // they can be fetched well ahead.
   template <bool kInPlace>
   static int64_t rows(const RowsItem& item, const int64_t* ids, int64_t begin, int64_t end) {
-    constexpr int64_t kClockAhead = 64, kRowAhead = 16;
+    constexpr int64_t kAtOnce = 1024, kClocksAhead = 64, kRowsAhead = 24;
     const RowUpdate<T, Rule, kInPlace> update(item);
+    const int32_t* const last_step = item.rule.last_step;
+    const int32_t current = item.rule.params->current;
+    int64_t behind[kAtOnce];
     int64_t written = 0;
-    for (int64_t i = begin; i < end; ++i) {
-      if (ids) {
-        if (i + kClockAhead < end)
-          __builtin_prefetch(item.rule.last_step + ids[i + kClockAhead], 1, 2);
-        if (i + kRowAhead < end) fetch<kInPlace>(item, ids[i + kRowAhead]);
+    for (int64_t first = begin; first < end; first += kAtOnce) {
+      const int64_t last = end - first < kAtOnce ? end : first + kAtOnce;
+      int64_t count = 0;
+      for (int64_t i = first; i < last; ++i) {
+        if (ids)
+          __builtin_prefetch(last_step + ids[i + kClocksAhead < end ? i + kClocksAhead : i], 0, 2);
+        const int64_t row = ids ? ids[i] : i;
+        behind[count] = row;  // kept if it is, without a branch
+        count += current_up_to(__atomic_load_n(last_step + row, __ATOMIC_RELAXED)) < current;
       }
-      written += update.catch_up(ids ? ids[i] : i);
+      for (int64_t k = 0; k < count && k < kRowsAhead; ++k) fetch<kInPlace>(item, behind[k]);
+      for (int64_t k = 0; k < count; ++k) {
+        if (k + kRowsAhead < count) fetch<kInPlace>(item, behind[k + kRowsAhead]);
+        written += update.catch_up(behind[k]);
+      }
     }
     return written;
   }
@@ -789,8 +809,6 @@ struct CatchUpOfRule {
   template <bool kInPlace>
   static TIGER_EXT_INLINE void fetch(const RowsItem& item, int64_t row) {
     if constexpr (kInPlace) {
-      const int32_t last = __atomic_load_n(item.rule.last_step + row, __ATOMIC_RELAXED);
-      if (current_up_to(last) >= item.rule.params->current) return;
       const int64_t bytes = item.dim * static_cast<int64_t>(sizeof(T));
       const int64_t reach = bytes < 1024 ? bytes : 1024;
       prefetch_bytes(static_cast<const T*>(item.param.data) + item.param_layout.offset(row), reach);

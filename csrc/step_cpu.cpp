@@ -139,7 +139,12 @@ int64_t catch_up(Update& u, const at::Tensor& ids, int64_t begin, int64_t end) {
     rows = list.const_data_ptr<int64_t>();
     begin = 0;
     end = list.numel();
-    for (int64_t i = 0; i < end; ++i)
+    uint64_t signs = 0;  // of ids below 0 and of those past the last row
+    for (int64_t i = 0; i < end; ++i) {
+      const uint64_t id = static_cast<uint64_t>(rows[i]);
+      signs |= id | (static_cast<uint64_t>(item.rows) - 1 - id);
+    }
+    for (int64_t i = 0; static_cast<int64_t>(signs) < 0; ++i)
       if (rows[i] < 0 || rows[i] >= item.rows)
         throw UpdateError(UpdateError::Kind::kIndex, {u.group, u.position},
                           c10::str("id ", rows[i], " is out of range for ", item.rows, " rows"));

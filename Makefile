@@ -89,6 +89,8 @@ sanitize: $(VENV)/.ready
 # Every CUDA kernel, compiled by the host compiler and run by the emulator in tests/cuda_on_cpu.
 EMULATED := test_dense test_rows test_determinism test_optimizer
 EMULATED_NATIVE := test_directions test_relative_lr test_accumulation test_touched_rows test_nonfinite
+EMULATED_LAZY := test_lazy test_history test_grad_scaler test_checkpointing test_schedulers \
+  test_torch_contract_lazy
 cuda-on-cpu: $(VENV)/.ready
 	rm -rf build/cuda-on-cpu && mkdir -p build/cuda-on-cpu
 	g++ -std=c++20 -O1 -g1 -Wall -Wextra -fsanitize=address,undefined -fno-sanitize-recover=all \
@@ -101,6 +103,9 @@ cuda-on-cpu: $(VENV)/.ready
 	  $(CURDIR)/tests/cuda_on_cpu $(EMULATED:%=$(CURDIR)/tests/%.py)
 	cd build/cuda-on-cpu/lib && TIGER_EXT_CUDA_ON_CPU=1 $(SANITIZED) $(CURDIR)/$(BIN)/python $(PYTEST) \
 	  $(EMULATED_NATIVE:%=$(CURDIR)/tests/%.py) -k "not reference and not memory"
+	cd build/cuda-on-cpu/lib && TIGER_EXT_CUDA_ON_CPU=1 $(SANITIZED) $(CURDIR)/$(BIN)/python $(PYTEST) \
+	  $(EMULATED_LAZY:%=$(CURDIR)/tests/%.py) \
+	  -k "not reference and not False and not fresh_process and not spawned"
 
 $(CUDA_VENV)/.ready: requirements/test.txt requirements/cuda.txt
 	$(PYTHON) -m venv $(CUDA_VENV)

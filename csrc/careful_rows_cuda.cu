@@ -2,8 +2,8 @@
 //
 // Rows that are looked at before they are updated: for a learning rate relative to the row's size,
 // for NaN and Inf, for whether a strided gradient touches them, for the accumulation window they
-// are in. One group of lanes has the whole row, so that the look and the update need no memory in
-// between; a row that fits the group's registers is read once.
+// are in. And long rows in a lazy mode. One group of lanes has the whole row, so that the look and
+// the update need no memory in between; a row that fits the group's registers is read once.
 #include <type_traits>
 
 #include "lazy_rows.cuh"
@@ -64,7 +64,8 @@ struct CarefulUpdate {
       const int64_t left = t.entries - begin;
       const int count = static_cast<int>(left < item.tile ? left : item.tile);
       if (lazy) {
-        if (thread < count) look_up(item, begin + thread, shared.gaps[thread]);
+        if (thread < count && may_be_updated(item, begin + thread))
+          look_up(item, static_cast<uint64_t>(begin + thread), shared.gaps[thread]);
         __syncthreads();
       }
       for (int k = first; k < count; k += kThreads / item.lanes)
@@ -90,6 +91,13 @@ struct CarefulUpdate {
 
  private:
   using Values = RunValues<T, Any, kWidth>;
+
+  // Without a look at the gradient.
+  __device__ static bool may_be_updated(const Item& item, int64_t row) {
+    const RuleParams& params = item.params;
+    if (!params.adds) return item.window[row] == params.window;
+    return params.touched != Touched::kMasked || !item.table.values.data || item.mask[row] != 0;
+  }
 
   // Of one row, by one thread.
   __device__ static void look_up(const Item& item, uint64_t row, RowGap<T>& gap) {

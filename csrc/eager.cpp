@@ -84,16 +84,15 @@ RuleParams make_rule(RuleKind kind, double beta1, double beta2, double eps, doub
   return r;
 }
 
-// Brings a table's rows up to date: those of `ids`, or rows [begin, end). Returns how many were
-// written, or None without kernels for the parameter.
-std::optional<int64_t> catch_up(const at::Tensor& param, const std::vector<at::Tensor>& states,
-                                const at::Tensor& last_step, const RuleParams& rule,
-                                GroupHistory& history, const std::optional<at::Tensor>& ids,
-                                int64_t begin, int64_t end) {
+// Brings a table's rows up to date: those of `ids`, or rows [begin, end). Returns false if there is
+// no kernel for the parameter.
+bool catch_up(const at::Tensor& param, const std::vector<at::Tensor>& states,
+              const at::Tensor& last_step, const RuleParams& rule, GroupHistory& history,
+              const std::optional<at::Tensor>& ids, int64_t begin, int64_t end) {
   const CatchUpFunction function = catch_up_function(param.device().type());
   if (!function || !history.has(param.device()) || !plain(param) ||
       param.layout() != at::kStrided || !is_storage_type(param.scalar_type()))
-    return std::nullopt;
+    return false;
   const RuleNames& names = rule_names(rule.kind);
   if (states.size() != static_cast<size_t>(names.states))
     throw py::value_error("catch_up: expected " + std::to_string(names.states) + " states");
@@ -104,7 +103,8 @@ std::optional<int64_t> catch_up(const at::Tensor& param, const std::vector<at::T
   history.use(u.rule, param.device());
   for (int k = 0; k < names.states; ++k) u.states[k] = states[k];
   py::gil_scoped_release release;
-  return function(u, ids ? *ids : at::Tensor(), begin, end);
+  function(u, ids ? *ids : at::Tensor(), begin, end);
+  return true;
 }
 
 class Step {
@@ -139,10 +139,7 @@ class Step {
     if (THPVariable_Check(lr.ptr())) u.lr = tensor(lr);
     else rule.lr = lr.cast<double>();
     u.group = group;
-    if (history) {
-      history->reserve();
-      histories_.push_back(history);
-    }
+    if (history) histories_.push_back(history);
 
     const int64_t count =
         positions ? static_cast<int64_t>(positions->size()) : PyList_GET_SIZE(params.ptr());
@@ -245,7 +242,7 @@ class Step {
   using GroupStep =
       std::tuple<std::shared_ptr<GroupHistory>, int, py::object, double, double, double>;
 
-  void advance(const std::vector<GroupStep>& groups, const std::vector<at::Tensor>& counters) {
+  void will_advance(const std::vector<GroupStep>& groups, const std::vector<at::Tensor>& counters) {
     struct Work {
       std::vector<HistoryStep> steps;
       std::vector<at::Tensor> counters;
@@ -267,7 +264,12 @@ class Step {
     for (const at::Tensor& counter : counters)
       work[device_step(counter.device().type())].counters.push_back(counter);
     py::gil_scoped_release release;
-    for (const auto& [device, w] : work) device->advance(w.steps, w.counters);
+    for (const auto& [device, w] : work) device->will_advance(w.steps, w.counters);
+  }
+
+  void advance() {
+    py::gil_scoped_release release;
+    for (const auto& [type, step] : devices_) step->advance();
   }
 
  private:
@@ -351,9 +353,13 @@ void bind_eager(py::module_& m) {
              for (const Setting& s : settings) numbers.settings.push_back(setting(s));
              return h.place(device, numbers, many);
            })
+      .def("reserve", &GroupHistory::reserve)
       .def("has_copies", [](const GroupHistory& h) { return !h.copies().empty(); })
-      .def("steps_on",
-           [](const GroupHistory& h, c10::Device device) { return h.copies().at(device)->steps(); })
+      .def("steps",
+           [](const GroupHistory& h, const std::optional<c10::Device>& device) {
+             const auto copy = device ? h.copies().find(*device) : h.copies().begin();
+             return copy == h.copies().end() ? std::nullopt : std::optional(copy->second->steps());
+           })
       .def("forget", &GroupHistory::forget)
       .def("read", [](const GroupHistory& h) {
         const HistoryNumbers numbers = h.copies().begin()->second->read();
@@ -373,6 +379,7 @@ void bind_eager(py::module_& m) {
       .def("prepare", &Step::prepare)
       .def("cancelled", &Step::cancelled)
       .def("apply", &Step::apply)
+      .def("will_advance", &Step::will_advance)
       .def("advance", &Step::advance);
 }
 

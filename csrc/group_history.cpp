@@ -44,8 +44,8 @@ void GroupHistory::forget() {
   for (const auto& [device, copy] : copies_) copy->forget();
 }
 
-void GroupHistory::reserve() {
-  for (const auto& [device, copy] : copies_) copy->reserve();
+void GroupHistory::reserve(bool many) {
+  for (const auto& [device, copy] : copies_) copy->reserve(many);
 }
 
 bool GroupHistory::has(c10::Device device) const {
@@ -64,8 +64,7 @@ void GroupHistory::use(RuleParams& rule, c10::Device device) const {
 bool GroupHistory::place(c10::Device device, const HistoryNumbers& numbers, bool many) {
   const HistoryCopyFactory make = history_copy_factory(device.type());
   if (!make) return false;
-  std::unique_ptr<HistoryCopy>& copy = copies_[device];
-  if (!copy) copy = make(device, numbers, many);
+  if (!copies_.count(device)) copies_.emplace(device, make(device, numbers, many));
   return true;
 }
 

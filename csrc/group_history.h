@@ -36,8 +36,9 @@ struct HistoryNumbers {
 class HistoryCopy {
  public:
   virtual ~HistoryCopy() = default;
-  // Makes room for one more step, before anything is written. Fails with std::length_error.
-  virtual void reserve() = 0;
+  // Makes room for one more step, before anything is written; `many`: for those of a captured
+  // graph's replays.
+  virtual void reserve(bool many) = 0;
   // Tells a rule where it lies.
   virtual void use(RuleParams& rule) const = 0;
   // The steps taken: one int32 element of the device, not waited for.
@@ -48,7 +49,6 @@ class HistoryCopy {
   virtual HistoryNumbers read() = 0;
 };
 
-// `many`: with room for the changes of a captured graph's replays.
 using HistoryCopyFactory = std::unique_ptr<HistoryCopy> (*)(c10::Device device,
                                                             const HistoryNumbers& numbers,
                                                             bool many);
@@ -75,8 +75,8 @@ class GroupHistory {
   // Drops all settings, everywhere.
   void forget();
 
-  // Makes room for one more step in all copies.
-  void reserve();
+  // In all copies.
+  void reserve(bool many);
   // Whether kernels find the history from there.
   bool has(c10::Device device) const;
   // Where they do: tells them by the rule.

@@ -191,12 +191,15 @@ TIGER_EXT_INLINE CatchUp<T> catch_up_with(const Missed& m, const T* floors) {
   return c;
 }
 
-// Where kernels find a history in a device's memory: this, and its stretches. The host knows
-// neither number without waiting: a step may not have happened, by AMP's found_inf, and a captured
-// graph takes steps of which the host is not told.
+// A history in a device's memory. The host knows none of its numbers without waiting: a step may
+// not have happened, by AMP's found_inf, and a captured graph takes steps of which the host is not
+// told. Graphs and kernels hold the address of this alone, so that the stretches can move.
 struct HistoryClock {
-  int32_t steps;      // taken so far
-  int32_t stretches;  // how many there are
+  Stretch* stretches;
+  int32_t steps;  // taken so far
+  int32_t count;  // of stretches
+  int32_t capacity;
+  int32_t lost;  // changes for which there was no room
 };
 
 }  // namespace tiger_ext

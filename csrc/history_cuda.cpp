@@ -1,26 +1,36 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Copies of histories in the memory of CUDA devices. The host never waits for the number of
-// stretches: it knows a bound, and makes room by that.
+// Copies of histories in the memory of CUDA devices. The host makes room for the stretches without
+// waiting: the device notes, where the host can read it, how many there were after which call.
+#include "history_cuda.h"
+
 #include <ATen/Functions.h>
-#include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
+#include <c10/core/InferenceMode.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
-#include "history_cuda.h"
-
 #include <algorithm>
-#include <limits>
+#include <cstddef>
 #include <stdexcept>
+
+#include "fault_memory_cuda.h"
 
 namespace tiger_ext {
 namespace {
 
 constexpr int64_t kRoom = 1024, kManyRoom = 65536;  // stretches at first
-constexpr int64_t kMostRoom = INT32_MAX;
 static_assert(sizeof(Stretch) % sizeof(double) == 0);
 constexpr int64_t kDoubles = sizeof(Stretch) / sizeof(double);
+static_assert(sizeof(HistoryClock) % sizeof(int32_t) == 0);
+constexpr int64_t kInts = sizeof(HistoryClock) / sizeof(int32_t);
+constexpr int64_t kSteps = offsetof(HistoryClock, steps) / sizeof(int32_t);
+
+// Tensors that outlive an inference_mode in which they were made.
+struct OrdinaryTensors {
+  c10::InferenceMode off{false};
+  at::NoGradGuard no_grad;
+};
 
 at::Tensor copied(c10::Device device, const HistoryNumbers& numbers) {
   const int64_t count = static_cast<int64_t>(numbers.settings.size());
@@ -35,77 +45,92 @@ at::Tensor copied(c10::Device device, const HistoryNumbers& numbers) {
 }  // namespace
 
 HistoryCopyCuda::HistoryCopyCuda(c10::Device device, const HistoryNumbers& numbers, bool many)
-    : device_(device), most_(static_cast<int64_t>(numbers.settings.size())) {
-  const at::NoGradGuard no_grad;
+    : device_(device) {
+  const OrdinaryTensors ordinary;
   const c10::cuda::CUDAGuard guard(device);
-  capacity_ = std::max(many ? kManyRoom : kRoom, 2 * most_);
-  clock_ = at::empty({2}, at::TensorOptions().dtype(at::kInt).device(device));
-  stretches_ = room(capacity_);
+  if (is_capturing())
+    throw std::runtime_error(
+        "tiger_ext: a lazy mode's history would begin anew in every replay of the graph that is "
+        "being captured: take one step before the capture");
+  const int64_t count = static_cast<int64_t>(numbers.settings.size());
+  const int64_t capacity = std::max(many ? kManyRoom : kRoom, 2 * count);
+  const std::shared_ptr<RowFault> shared = make_fault_memory();
+  note_ = std::shared_ptr<uint64_t>(shared, reinterpret_cast<uint64_t*>(shared.get()));
+  *note_ = static_cast<uint64_t>(count);
+  clock_ = at::empty({kInts}, at::TensorOptions().dtype(at::kInt).device(device));
+  stretches_ = room(capacity);
   const at::Tensor settings = copied(device, numbers);
-  write_history(clock(), stretches(), settings.const_data_ptr<double>(),
-                static_cast<int32_t>(most_), numbers.steps, stream());
-  if (most_ > 0) last_ = numbers.settings.back();
+  write_history(clock(), stretches(stretches_), static_cast<int32_t>(capacity),
+                settings.const_data_ptr<double>(), static_cast<int32_t>(count), numbers.steps,
+                stream());
 }
 
-void HistoryCopyCuda::use(RuleParams& rule) const {
-  rule.clock = clock();
-  rule.stretches = stretches();
-}
-
-void HistoryCopyCuda::reserve() {
+void HistoryCopyCuda::reserve(bool many) {
   const c10::cuda::CUDAGuard guard(device_);
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  cudaStreamIsCapturing(stream(), &status);
-  // A graph goes on writing to this memory; only its kernels know how much of it is used.
-  captured_ = captured_ || status != cudaStreamCaptureStatusNone;
-  if (captured_ || most_ < capacity_) return;
-  if (capacity_ == kMostRoom) throw std::length_error("tiger_ext: a history is full, call flush()");
-  const at::NoGradGuard no_grad;
-  const int64_t capacity = std::min(2 * capacity_, kMostRoom);
-  at::Tensor larger = room(capacity);
-  larger.narrow(0, 0, capacity_).copy_(stretches_);
-  outgrown_.push_back(stretches_);
+  if (is_capturing()) {  // a replay would move the history each time
+    captured_ = true;
+    return;
+  }
+  const int64_t capacity = stretches_.size(0);
+  int64_t wanted = many ? std::max(capacity, kManyRoom) : capacity;
+  // Half of it is kept for replays of which the device has noted nothing yet.
+  while (most() >= (captured_ ? wanted / 2 : wanted)) wanted *= 2;
+  if (wanted == capacity) return;
+  if (wanted > INT32_MAX) throw std::length_error("tiger_ext: a history is full, call flush()");
+  const OrdinaryTensors ordinary;
+  const at::Tensor larger = room(wanted);
+  larger.narrow(0, 0, capacity).copy_(stretches_);
+  move_history(clock(), stretches(larger), static_cast<int32_t>(wanted), stream());
+  outgrown_ = stretches_;
   stretches_ = larger;
-  capacity_ = capacity;
 }
 
 HistoryAdvance HistoryCopyCuda::advance(const HistoryStep& step, const double* lr_there) {
-  const HistorySetting& now = step.setting;
-  if (lr_there || most_ == 0 || !last_.same(now)) ++most_;
-  last_ = now;
-  if (lr_there) last_.lr = std::numeric_limits<double>::quiet_NaN();  // the same as no other
-  return {clock(),   stretches(), static_cast<int32_t>(capacity_),
-          now.lr,    lr_there,    now.weight_decay,
-          now.beta1, now.beta2,   nullptr,
-          step.place};
+  const HistorySetting& s = step.setting;
+  return {clock(), s.lr,        lr_there,    s.weight_decay, s.beta1,
+          s.beta2, ++sequence_, note_.get(), nullptr,        step.place};
+}
+
+// There are no more stretches than this, but for those of replays.
+int64_t HistoryCopyCuda::most() const {
+  const uint64_t note = *static_cast<volatile uint64_t*>(note_.get());
+  return static_cast<int64_t>(note & UINT32_MAX) +
+         static_cast<uint32_t>(sequence_ - static_cast<uint32_t>(note >> 32));
 }
 
 at::Tensor HistoryCopyCuda::steps() const {
-  const at::NoGradGuard no_grad;
-  return clock_.select(0, 0).clone();
+  const OrdinaryTensors ordinary;
+  return clock_.select(0, kSteps).clone();
 }
 
 void HistoryCopyCuda::forget() {
-  const at::NoGradGuard no_grad;
-  clock_.select(0, 1).zero_();
-  most_ = 0;
+  const c10::cuda::CUDAGuard guard(device_);
+  clear_history(clock(), stream());
 }
 
 HistoryNumbers HistoryCopyCuda::read() {
-  const at::NoGradGuard no_grad;
-  const at::Tensor clock = clock_.cpu();
+  const OrdinaryTensors ordinary;
+  const at::Tensor copy = clock_.cpu();
+  const auto& clock = *reinterpret_cast<const HistoryClock*>(copy.const_data_ptr<int32_t>());
+  if (clock.lost > 0)
+    throw std::runtime_error(
+        "tiger_ext: the replays of a graph changed the hyperparameters of a lazy mode more often "
+        "than there was room for (" +
+        std::to_string(clock.capacity) + " times): call flush() more often");
   HistoryNumbers numbers;
-  numbers.steps = clock.const_data_ptr<int32_t>()[0];
-  const int32_t count = clock.const_data_ptr<int32_t>()[1];
-  const at::Tensor host = stretches_.narrow(0, 0, count).cpu();
+  numbers.steps = clock.steps;
+  const at::Tensor host = stretches_.narrow(0, 0, clock.count).cpu();
   const auto* const all = reinterpret_cast<const Stretch*>(host.const_data_ptr<double>());
-  for (int32_t k = 0; k < count; ++k)
+  for (int32_t k = 0; k < clock.count; ++k)
     numbers.settings.push_back(
         {all[k].first, all[k].lr, all[k].weight_decay, all[k].beta1, all[k].beta2});
-  most_ = count;
-  if (count > 0) last_ = numbers.settings.back();
-  outgrown_.clear();
   return numbers;
+}
+
+bool HistoryCopyCuda::is_capturing() const {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  cudaStreamIsCapturing(stream(), &status);
+  return status != cudaStreamCaptureStatusNone;
 }
 
 at::Tensor HistoryCopyCuda::room(int64_t capacity) const {

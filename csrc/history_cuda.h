@@ -4,7 +4,7 @@
 #include <ATen/core/Tensor.h>
 #include <cuda_runtime.h>
 
-#include <vector>
+#include <memory>
 
 #include "group_history.h"
 #include "lazy_cuda.h"
@@ -18,8 +18,8 @@ class HistoryCopyCuda final : public HistoryCopy {
   HistoryCopyCuda(c10::Device device, const HistoryNumbers& numbers, bool many);
 
   c10::Device device() const { return device_; }
-  void reserve() override;
-  void use(RuleParams& rule) const override;
+  void reserve(bool many) override;
+  void use(RuleParams& rule) const override { rule.clock = clock(); }
   // Work for advance_histories. `reserve` has made room. `lr_there`: where the learning rate lies
   // in the device's memory, or null.
   HistoryAdvance advance(const HistoryStep& step, const double* lr_there);
@@ -28,23 +28,24 @@ class HistoryCopyCuda final : public HistoryCopy {
   HistoryNumbers read() override;
 
  private:
+  bool is_capturing() const;
+  int64_t most() const;
   at::Tensor room(int64_t capacity) const;
   cudaStream_t stream() const;
   HistoryClock* clock() const {
     return reinterpret_cast<HistoryClock*>(clock_.mutable_data_ptr<int32_t>());
   }
-  Stretch* stretches() const {
-    return reinterpret_cast<Stretch*>(stretches_.mutable_data_ptr<double>());
+  static Stretch* stretches(const at::Tensor& room) {
+    return reinterpret_cast<Stretch*>(room.mutable_data_ptr<double>());
   }
 
   c10::Device device_;
   at::Tensor clock_;      // a HistoryClock
   at::Tensor stretches_;  // [capacity, a Stretch]
-  int64_t capacity_ = 0;
-  int64_t most_;  // there are no more stretches than this
-  HistorySetting last_;
-  bool captured_ = false;
-  std::vector<at::Tensor> outgrown_;  // which kernels on another stream may still read
+  at::Tensor outgrown_;   // the one before, which kernels on another stream may still read
+  std::shared_ptr<uint64_t> note_;  // of the last call of `advance` that the device has done
+  uint32_t sequence_ = 0;           // of the last call
+  bool captured_ = false;           // replays of a graph may be under way
 };
 
 }  // namespace tiger_ext

@@ -25,17 +25,21 @@ struct Advance {
     if (item.counter) ++*item.counter;
     if (!item.clock) return;
     HistoryClock& clock = *item.clock;
-    const int32_t step = clock.steps + 1;
+    ++clock.steps;
     const double lr = item.lr_there ? *item.lr_there : item.lr;
-    if (!(lr * item.weight_decay < 1.0)) tell(item, RowFault::kRateTooLarge);
-    const int32_t count = clock.stretches;
-    const bool same =
-        count > 0 && item.stretches[count - 1].same(lr, item.weight_decay, item.beta1, item.beta2);
-    if (!same && count == item.capacity) tell(item, RowFault::kHistoryFull);
-    else if (!same)
-      clock.stretches = static_cast<int32_t>(
-          append_step(item.stretches, count, step, lr, item.weight_decay, item.beta1, item.beta2));
-    clock.steps = step;
+    const bool same = clock.count > 0 && clock.stretches[clock.count - 1].same(
+                                             lr, item.weight_decay, item.beta1, item.beta2);
+    if (!(lr * item.weight_decay < 1.0)) {
+      tell(item, RowFault::kRateTooLarge);
+    } else if (!same && clock.count == clock.capacity) {
+      ++clock.lost;
+      tell(item, RowFault::kHistoryFull);
+    } else if (!same) {
+      clock.count = static_cast<int32_t>(append_step(clock.stretches, clock.count, clock.steps, lr,
+                                                     item.weight_decay, item.beta1, item.beta2));
+    }
+    *static_cast<volatile uint64_t*>(item.note) =
+        static_cast<uint64_t>(item.sequence) << 32 | static_cast<uint32_t>(clock.count);
   }
 
  private:
@@ -46,7 +50,7 @@ struct Advance {
     r.kind = kind;
     r.group = item.place.group;
     r.position = 0;
-    r.rows = item.capacity;
+    r.rows = item.clock->capacity;
     __threadfence_system();
     r.count = 1;  // the host looks at this one
   }
@@ -56,6 +60,7 @@ struct WriteHistory {
   struct Item {
     HistoryClock* clock;
     Stretch* stretches;
+    int32_t capacity;
     const double* settings;
     int32_t count, steps;
   };
@@ -73,7 +78,29 @@ struct WriteHistory {
       count =
           append_step(item.stretches, count, static_cast<int64_t>(s[0]), s[1], s[2], s[3], s[4]);
     }
-    *item.clock = {item.steps, static_cast<int32_t>(count)};
+    *item.clock = {item.stretches, item.steps, static_cast<int32_t>(count), item.capacity, 0};
+  }
+};
+
+// To other memory, or, if that is null, to the beginning.
+struct ResetHistory {
+  struct Item {
+    HistoryClock* clock;
+    Stretch* stretches;
+    int32_t capacity;
+  };
+  static constexpr int kSharedBytes = 0, kMinBlocks = 1;
+
+  int64_t blocks(const Item&) const { return 1; }
+
+  __device__ void operator()(const Item& item, uint32_t) const {
+    if (threadIdx.x != 0) return;
+    if (item.stretches) {
+      item.clock->stretches = item.stretches;
+      item.clock->capacity = item.capacity;
+    } else {
+      item.clock->count = item.clock->lost = 0;
+    }
   }
 };
 
@@ -266,9 +293,18 @@ void advance_histories(const std::vector<HistoryAdvance>& work, const DeviceCont
   multi_tensor_apply(work, Advance{context.found_inf, context.faults}, context.stream);
 }
 
-void write_history(HistoryClock* clock, Stretch* stretches, const double* settings, int32_t count,
-                   int32_t steps, cudaStream_t stream) {
-  multi_tensor_apply({{clock, stretches, settings, count, steps}}, WriteHistory{}, stream);
+void write_history(HistoryClock* clock, Stretch* stretches, int32_t capacity,
+                   const double* settings, int32_t count, int32_t steps, cudaStream_t stream) {
+  multi_tensor_apply({{clock, stretches, capacity, settings, count, steps}}, WriteHistory{},
+                     stream);
+}
+
+void move_history(HistoryClock* clock, Stretch* stretches, int32_t capacity, cudaStream_t stream) {
+  multi_tensor_apply({{clock, stretches, capacity}}, ResetHistory{}, stream);
+}
+
+void clear_history(HistoryClock* clock, cudaStream_t stream) {
+  multi_tensor_apply({{clock, nullptr, 0}}, ResetHistory{}, stream);
 }
 
 void catch_up_rows(const std::vector<RowsToCatchUp>& work, const DeviceContext& context) {

@@ -14,7 +14,6 @@ namespace tiger_ext {
 struct LazyTable {
   int32_t* last_step;
   const HistoryClock* clock;
-  const Stretch* stretches;
   bool drifts;  // lazy="exact"
   bool moves;
 
@@ -22,7 +21,6 @@ struct LazyTable {
   explicit LazyTable(const RuleUse& use)
       : last_step(use.last_step),
         clock(use.params->clock),
-        stretches(use.params->stretches),
         drifts(use.params->lazy == Lazy::kExact),
         moves(use.params->moves) {}
 
@@ -47,7 +45,8 @@ struct RowGap {
     if (!behind) return;
     T floors[kStates];
     for (int k = 0; k < kStates; ++k) floors[k] = smallest_kept<T>(states[k].storage);
-    const SkippedSteps skipped = skipped_steps(table.stretches, table.clock->stretches, from, to);
+    const SkippedSteps skipped =
+        skipped_steps(table.clock->stretches, table.clock->count, from, to);
     catch_up = catch_up_with<T, kStates>(missed(skipped, kStates == 2), floors);
   }
 

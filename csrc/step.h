@@ -104,10 +104,12 @@ class DeviceStep {
   // without waiting, and says nothing, leaves its tensors alone in `apply`.
   virtual std::optional<bool> cancelled() const = 0;
   virtual void apply() = 0;
-  // After `apply`, unless found_inf cancels the step: the histories take the step, and counters of
-  // AdamW that belong to parameters without a gradient.
-  virtual void advance(const std::vector<HistoryStep>& steps,
-                       const std::vector<at::Tensor>& counters) = 0;
+  // Before `apply`: the histories that will take the step, and counters of AdamW that belong to
+  // parameters without a gradient.
+  virtual void will_advance(const std::vector<HistoryStep>& steps,
+                            const std::vector<at::Tensor>& counters) = 0;
+  // After `apply`: they do, unless found_inf cancels the step.
+  virtual void advance() = 0;
 };
 
 using DeviceStepFactory = std::unique_ptr<DeviceStep> (*)(const StepContext& context);
@@ -136,9 +138,9 @@ bool goes_by_rows(const Update& u);
 int64_t row_dims(const Update& u);
 
 // Brings rows of a table up to date with step u.rule.current: those of `ids` (int64, any number of
-// times each, any shape), or if undefined rows [begin, end). Returns how many were written.
-// Everything is checked before the first write.
-using CatchUpFunction = int64_t (*)(Update& u, const at::Tensor& ids, int64_t begin, int64_t end);
+// times each, any shape), or if undefined rows [begin, end). Everything is checked before the first
+// write.
+using CatchUpFunction = void (*)(Update& u, const at::Tensor& ids, int64_t begin, int64_t end);
 
 struct CatchUpRegistration {
   CatchUpRegistration(c10::DeviceType device, CatchUpFunction function);

@@ -63,8 +63,14 @@ class CpuStep final : public DeviceStep {
   std::optional<bool> cancelled() const override { return cancelled_; }
 
   // Histories that the CPU reads belong to the host.
-  void advance(const std::vector<HistoryStep>&, const std::vector<at::Tensor>& counters) override {
-    for (const at::Tensor& counter : counters) ++*counter.mutable_data_ptr<int64_t>();
+  void will_advance(const std::vector<HistoryStep>&,
+                    const std::vector<at::Tensor>& counters) override {
+    counters_ = counters;
+  }
+
+  void advance() override {
+    if (cancelled_) return;
+    for (const at::Tensor& counter : counters_) ++*counter.mutable_data_ptr<int64_t>();
   }
 
   void apply() override {
@@ -116,6 +122,7 @@ class CpuStep final : public DeviceStep {
   RuleParams corrected_;
   double grad_scale_ = 1.0;
   bool cancelled_ = false;
+  std::vector<at::Tensor> counters_;  // of parameters without a gradient
   ItemBuilder builder_;
   Scratch scratch_;
   SortedEntries sorted_;
@@ -126,7 +133,7 @@ class CpuStep final : public DeviceStep {
 
 constexpr int64_t kElementsPerTask = 65536;
 
-int64_t catch_up(Update& u, const at::Tensor& ids, int64_t begin, int64_t end) {
+void catch_up(Update& u, const at::Tensor& ids, int64_t begin, int64_t end) {
   const at::NoGradGuard no_grad;
   check_update(u);
   ItemBuilder builder;
@@ -149,7 +156,7 @@ int64_t catch_up(Update& u, const at::Tensor& ids, int64_t begin, int64_t end) {
         throw UpdateError(UpdateError::Kind::kIndex, {u.group, u.position},
                           c10::str("id ", rows[i], " is out of range for ", item.rows, " rows"));
   }
-  if (item.dim == 0) return 0;
+  if (item.dim == 0) return;
   const int64_t rows_per_task =
       std::clamp<int64_t>(kElementsPerTask / std::max<int64_t>(item.dim, 1), 1, 4096);
   std::atomic<int64_t> written{0};
@@ -158,7 +165,6 @@ int64_t catch_up(Update& u, const at::Tensor& ids, int64_t begin, int64_t end) {
     written += cpu_kernels().catch_up(item, rows, first, std::min(first + rows_per_task, end));
   });
   if (written > 0) builder.finish();
-  return written;
 }
 
 const CatchUpRegistration catch_up_registration(c10::DeviceType::CPU, catch_up);

@@ -38,6 +38,10 @@ void check_rows(const Update& u, int64_t row_dims) {
     refuse(u, "the CUDA kernels take up to ", limit, " sparse and, unless the parameter is ",
            "contiguous, ", limit, " dense dimensions, got ", row_dims, " and ",
            u.param.dim() - row_dims);
+  for (int k = 0; k < rule_names(u.rule.kind).states; ++k)
+    if (u.param.dim() - row_dims > limit && !u.states[k].is_contiguous())
+      refuse(u, "the CUDA kernels take up to ", limit, " dense dimensions of a state that is not ",
+             "contiguous, got ", u.param.dim() - row_dims);
   int64_t dim = 1;
   for (int64_t d = row_dims; d < u.param.dim(); ++d) dim *= u.param.size(d);
   if (row_dims > 0 && dim > INT32_MAX)
@@ -66,20 +70,15 @@ class OneDevice {
       check_rows(u, u.last_step.dim());
       lagging_.add_table(u);
     }
-    lazy_ = lazy_ || u.last_step.defined();
     raises_ = raises_ || (u.rule.nonfinite == Nonfinite::kRaise && u.rule.adds);
-    if (u.lr.defined() && !u.lr.is_same(lr_source_)) {
-      lr_source_ = u.lr;
-      lr_ = pointer<double>(u.lr, at::kDouble);
-    }
-    builder_.add(u, u.lr.defined() ? lr_ : nullptr,
+    builder_.add(u, u.lr.defined() ? learning_rate(u.lr) : nullptr,
                  u.step.defined() ? u.step.mutable_data_ptr<int64_t>() : nullptr);
   }
 
   void prepare(Faults& faults) {
+    prepared_ = true;
     rules_.prepare(builder_.dense(), builder_.rows(), builder_.direct(), builder_.idle(), context_);
     dense_road_.prepare(builder_.dense(), context_);
-    if (lazy_ && !faults.memory) faults.memory = make_fault_memory();
     if (!builder_.rows().empty()) {
       if (!faults.memory) faults.memory = make_fault_memory();
       context_.faults = faults.memory.get();
@@ -91,6 +90,7 @@ class OneDevice {
   }
 
   void apply() {
+    if (!prepared_) return;  // only histories of the device advance
     std::vector<RowsToCatchUp> lagging;
     for (const RowsItem& table : lagging_.direct())
       lagging.push_back({&table, nullptr, 0, table.rows});
@@ -107,20 +107,17 @@ class OneDevice {
     builder_.finish();
   }
 
-  void advance(const HistoryStep& step) {
-    const double* lr = step.lr.defined() ? pointer<double>(step.lr, at::kDouble) : nullptr;
+  void will_advance(const HistoryStep& step, Faults& faults) {
+    if (!faults.memory) faults.memory = make_fault_memory();
+    context_.faults = faults.memory.get();
+    const double* const lr = step.lr.defined() ? learning_rate(step.lr) : nullptr;
     histories_.push_back(static_cast<HistoryCopyCuda*>(step.copy)->advance(step, lr));
   }
-  void advance(const at::Tensor& counter) {
+  void will_advance(const at::Tensor& counter) {
     histories_.push_back({});
     histories_.back().counter = counter.mutable_data_ptr<int64_t>();
   }
-  void run_advance(Faults& faults) {
-    if (!faults.memory) faults.memory = make_fault_memory();
-    context_.faults = faults.memory.get();
-    advance_histories(histories_, context_);
-    histories_.clear();
-  }
+  void advance() const { advance_histories(histories_, context_); }
 
  private:
   // For nonfinite="raise", the one option for which the host waits.
@@ -149,6 +146,15 @@ class OneDevice {
     if (static_cast<size_t>(found) < places.size()) throw nonfinite_gradient(places[found]);
   }
 
+  // A learning rate in this device's memory.
+  const double* learning_rate(const at::Tensor& lr) {
+    if (!lr.is_same(lr_source_)) {
+      lr_source_ = lr;
+      lr_ = pointer<double>(lr, at::kDouble);
+    }
+    return lr_;
+  }
+
   // A small tensor in this device's memory, copied there if it must be, without waiting.
   template <typename T>
   T* pointer(const at::Tensor& t, at::ScalarType type) {
@@ -164,7 +170,7 @@ class OneDevice {
   std::vector<HistoryAdvance> histories_;
   at::Tensor lr_source_;
   const double* lr_ = nullptr;
-  bool raises_ = false, lazy_ = false;
+  bool raises_ = false, prepared_ = false;
   RulesOnDevice rules_;
   DenseRoadCuda dense_road_;
   RowsRoadCuda rows_road_;
@@ -207,15 +213,18 @@ class CudaStep final : public DeviceStep {
     }
   }
 
-  void advance(const std::vector<HistoryStep>& steps,
-               const std::vector<at::Tensor>& counters) override {
+  void will_advance(const std::vector<HistoryStep>& steps,
+                    const std::vector<at::Tensor>& counters) override {
     const at::NoGradGuard no_grad;
     for (const HistoryStep& step : steps)
-      on(static_cast<HistoryCopyCuda*>(step.copy)->device()).advance(step);
-    for (const at::Tensor& counter : counters) on(counter.device()).advance(counter);
+      on(static_cast<HistoryCopyCuda*>(step.copy)->device()).will_advance(step, *context_.faults);
+    for (const at::Tensor& counter : counters) on(counter.device()).will_advance(counter);
+  }
+
+  void advance() override {
     for (const auto& [index, device] : devices_) {
       const c10::cuda::CUDAGuard guard(device->device());
-      device->run_advance(*context_.faults);
+      device->advance();
     }
   }
 
@@ -234,7 +243,7 @@ class CudaStep final : public DeviceStep {
 };
 
 // Whether rows are behind only their clocks know: every call counts as one that writes.
-int64_t catch_up(Update& u, const at::Tensor& ids, int64_t begin, int64_t end) {
+void catch_up(Update& u, const at::Tensor& ids, int64_t begin, int64_t end) {
   const at::NoGradGuard no_grad;
   const c10::Device device = u.param.device();
   const c10::cuda::CUDAGuard guard(device);
@@ -252,7 +261,6 @@ int64_t catch_up(Update& u, const at::Tensor& ids, int64_t begin, int64_t end) {
   context.stream = c10::cuda::getCurrentCUDAStream(device.index()).stream();
   catch_up_rows({rows}, context);
   builder.finish();
-  return rows.end - rows.begin;
 }
 
 const CatchUpRegistration catch_up_registration(c10::DeviceType::CUDA, catch_up);

@@ -88,9 +88,9 @@ struct RuleParams {
   Lazy lazy = Lazy::kFrozen;
   int32_t current = 0;   // in a lazy mode: the step up to which a row is brought before its update
   uint64_t history = 0;  // a number of its own for each state of each history
-  const Stretch* stretches = nullptr;  // of the history (history.h), in the device's memory
+  const Stretch* stretches = nullptr;  // of the history (history.h)
   int64_t stretch_count = 0;
-  const HistoryClock* clock = nullptr;  // on a GPU, has what `current` and `stretch_count` are
+  const HistoryClock* clock = nullptr;  // on a GPU: has all of the above
 
   // The step up to which a row is current after its update.
   TIGER_EXT_INLINE int32_t updated() const { return moves ? current + 1 : current; }

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tiger_ext import AdamW, Lion, Tiger
+from tiger_ext.nn import TiedEmbedding
 
 FUSED = pytest.mark.parametrize("fused", [None, False])
 ROWS, DIM = 11, 5
@@ -55,10 +56,10 @@ def check(optimizer, p, dense, dtype):
     torch.testing.assert_close(m, dense.m, rtol=0, atol=tolerance * (1 + dense.m.abs().max()))
 
 
-def sparse(generator, count, dtype, coalesce=False):
+def sparse(generator, count, dtype, coalesce=False, dim=DIM):
     ids = torch.randint(ROWS, (1, count), generator=generator)
-    values = torch.randn(count, DIM, generator=generator, dtype=torch.float64).to(dtype)
-    g = torch.sparse_coo_tensor(ids, values, (ROWS, DIM), check_invariants=True)
+    values = torch.randn(count, dim, generator=generator, dtype=torch.float64).to(dtype)
+    g = torch.sparse_coo_tensor(ids, values, (ROWS, dim), check_invariants=True)
     return g.coalesce() if coalesce else g
 
 
@@ -301,6 +302,42 @@ def test_a_read_without_stale_rows_writes_nothing_and_a_bad_id_raises(fused):
     assert p._version == version
     with pytest.raises(IndexError, match="11"):
         embedding(torch.tensor([ROWS]))
+
+
+@FUSED
+@pytest.mark.parametrize("lazy", ["decay", "exact"])
+def test_two_reads_of_a_tied_table_before_a_backward_pass(lazy, fused):
+    """Its gradients are dense: no row is ever behind, and nothing of a graph is changed."""
+    tied = TiedEmbedding(ROWS, 6)
+    optimizer = Tiger(tied.parameters(), lr=1e-2, lazy=lazy, fused=fused)
+    optimizer.track(tied)
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = sum(tied.logits(tied(torch.tensor([k, k + 1]))).square().sum() for k in range(3))
+        loss.backward()
+        optimizer.step()
+    assert optimizer.state[tied.weight]["last_step"].tolist() == [3] * ROWS
+    # Sparse steps and lost ones leave rows behind again.
+    tied.weight.grad = sparse(torch.Generator().manual_seed(0), 1, torch.float32, dim=6)
+    optimizer.step()
+    tied(torch.arange(ROWS))
+    assert optimizer.state[tied.weight]["last_step"].tolist() == [4] * ROWS
+
+
+@FUSED
+def test_a_first_read_in_inference_mode(fused):
+    embedding = nn.Embedding(ROWS, DIM, sparse=True)
+    optimizer = Tiger(embedding.parameters(), lr=1e-2, weight_decay=0.3, lazy="exact", fused=fused)
+    optimizer.track(embedding)
+    optimizer.step()  # without a gradient: the rows age
+    before = embedding.weight.detach().clone()
+    with torch.inference_mode():
+        read = embedding(torch.tensor([3, 3]))
+    torch.testing.assert_close(read.clone()[0], before[3] * (1 - 1e-2 * 0.3))
+    embedding(torch.tensor([1, 3])).sum().backward()
+    optimizer.step()
+    optimizer.flush()
+    assert not any(t.is_inference() for t in optimizer.state[embedding.weight].values())
 
 
 def test_a_saved_table_that_changes_is_noticed_by_autograd():

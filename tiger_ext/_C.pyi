@@ -31,9 +31,14 @@ class History:
         self, device: torch.device, steps: int, settings: list[Setting], many: bool, /
     ) -> bool:
         """Begin a copy on ``device``; return whether its kernels need one."""
+    def reserve(self, many: bool, /) -> None:
+        """Make room in all copies for one more step; ``many``: for a captured graph's replays."""
     def has_copies(self) -> bool: ...
-    def steps_on(self, device: torch.device, /) -> Tensor:
-        """Return a copy of the device's number of steps, 0-dim, int32."""
+    def steps(self, device: torch.device | None, /) -> Tensor | None:
+        """Return a copy of a device's number of steps, 0-dim, int32; without waiting.
+
+        Of any device if None is given; None if there is no copy of the history.
+        """
     def forget(self) -> None: ...
     def read(self) -> tuple[int, list[Setting]]:
         """Wait for a device and return its steps and settings."""
@@ -92,13 +97,15 @@ class Step:
     def cancelled(self) -> bool | None:
         """Return whether AMP cancels the step; None: only a device knows."""
     def apply(self) -> None: ...
-    def advance(
+    def will_advance(
         self,
         groups: list[tuple[History, int, float | Tensor, float, float, float]],
         counters: list[Tensor],
         /,
     ) -> None:
-        """Count a step in copies of histories, and in counters of AdamW, unless AMP cancels it."""
+        """Prepare ``advance``: of histories that are copied, and of counters of AdamW."""
+    def advance(self) -> None:
+        """Count the step, after ``apply``, unless AMP cancels it."""
 
 def catch_up(
     param: Tensor,
@@ -110,11 +117,8 @@ def catch_up(
     begin: int,
     end: int,
     /,
-) -> int | None:
-    """Bring rows ``ids``, or [begin, end), up to date; return how many were written.
-
-    None: there is no kernel for the parameter.
-    """
+) -> bool:
+    """Bring rows ``ids``, or [begin, end), up to date; return whether there is a kernel."""
 
 def build_info() -> dict[str, Any]: ...
 def cpu_isa() -> str: ...

@@ -53,6 +53,7 @@ class History:
         steps: the steps taken so far.
         begin: the step since which the history goes back.
         settings: ``(first step, lr, weight_decay, first beta, last beta)``, each until the next.
+        replayed: whether a captured graph may take steps at any time.
     """
 
     def __init__(self, saved: Sequence[float] = (0.0, 0.0)) -> None:
@@ -65,7 +66,7 @@ class History:
             self._settings.append((int(first), lr, weight_decay, beta1, beta2))
         self._behind = False  # what is here is older than what a GPU has
         self._uncounted = 0  # steps since then that may have happened
-        self._replayed = False  # a captured graph may take steps at any time
+        self.replayed = False
         self._native: Any = None
         self._native_settings: int | None = None  # how many of them kernels on the CPU have
 
@@ -78,7 +79,7 @@ class History:
     def steps(self, value: int) -> None:
         self._ask()
         self._steps = value
-        self._native, self._replayed = None, False
+        self._native, self.replayed = None, False
 
     @property
     def settings(self) -> list[Setting]:  # noqa: D102
@@ -116,7 +117,7 @@ class History:
     @property
     def started(self) -> bool:
         """Whether there may have been a step; without asking a GPU."""
-        return self._steps > 0 or self._behind or self._replayed
+        return self._steps > 0 or self._behind or self.replayed
 
     def advance(self, lr: float, weight_decay: float, betas: Sequence[float]) -> None:
         """Add a step with these hyperparameters."""
@@ -132,12 +133,14 @@ class History:
         """Leave a step to the copies on GPUs; ``for_good``: it will be replayed, too."""
         self._behind = True
         self._uncounted += 1
-        self._replayed = self._replayed or for_good
+        self.replayed = self.replayed or for_good
 
     def forget(self) -> None:
         """Drop the steps so far: every row is current."""
-        self.begin = self.steps
-        self._settings.clear()
+        if self._behind or self.replayed:
+            self._steps, self._behind, self._uncounted = int(self._native.steps(None)), False, 0
+        self.begin = self._steps
+        self._settings = []
         if self._native is not None:
             self._native.forget()
         if self._native_settings is not None:
@@ -175,7 +178,7 @@ class History:
 
     @property
     def placed(self) -> bool:
-        """Whether ``place`` was called."""
+        """Whether there is anything for kernels."""
         return self._native is not None
 
     @property
@@ -207,15 +210,22 @@ class History:
             self._native_settings = 0
             self.native()
 
+    def reserve(self, *, many: bool) -> None:
+        """Make room on GPUs for one more step; ``many``: for a captured graph's replays."""
+        if self._native is not None:
+            self._native.reserve(many)
+
     def now(self, device: torch.device) -> int | Tensor:
         """Return the steps so far; a tensor of the device where the host would have to wait."""
-        if (self._behind or self._replayed) and self._native.has(device):
-            return self._native.steps_on(device)
+        if self._behind or self.replayed:
+            steps = self._native.steps(device)
+            if steps is not None:
+                return steps
         return self.steps
 
     def _ask(self) -> None:
         """Learn from a GPU what the host has missed."""
-        if self._behind or self._replayed:
+        if self._behind or self.replayed:
             self._steps, self._settings = self._native.read()
             self._behind, self._uncounted = False, 0
 
@@ -224,5 +234,7 @@ class History:
         return History, (self.saved(),)
 
     def __repr__(self) -> str:
-        """Return a summary: there may be a million settings."""
-        return f"<{self.steps} steps, {len(self.settings)} settings since step {self.begin}>"
+        """Return a summary, of what the host knows: there may be a million settings."""
+        more = " or more" if self._behind or self.replayed else ""
+        known = f"{self._steps}{more} steps, {len(self._settings)} settings"
+        return f"<{known} since step {self.begin}>"

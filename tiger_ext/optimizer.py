@@ -408,6 +408,7 @@ class MixedOptimizer(torch.optim.Optimizer):
                 self._restore(undo)
                 self._forget_used_rows()
                 return
+            self._prepare_advance(passes[-1].native)
         except BaseException as error:
             self._restore(undo)
             if _native.C is not None and isinstance(error, _native.C.UpdateError):
@@ -417,7 +418,11 @@ class MixedOptimizer(torch.optim.Optimizer):
             for place in each.before:
                 self._catch_up(*place)
             each.apply(grad_scale)
-        self._advance_histories(passes[0].native, found_inf if None in cancelled else None)
+        if passes[-1].native is not None:
+            passes[-1].native.advance()
+        unread = found_inf if None in cancelled else None
+        self._advance_histories(unread)
+        self._note_current_tables(certain=unread is None)
         self._advance_windows(windows)
         self._forget_used_rows()
 
@@ -504,7 +509,8 @@ class MixedOptimizer(torch.optim.Optimizer):
         for index, group in enumerate(self.param_groups):
             for position, p in enumerate(group["params"]):
                 if p is table:
-                    used = UsedRows(self._name(index, position), len(p) if p.dim() else 1)
+                    rows = len(p) if p.dim() else 1
+                    used = UsedRows(self._name(index, position), rows, index)
                     used = self._used_rows().setdefault(p, used)
                     return TrackingHandle(module, used, _Reader(self, p))
         raise ValueError(
@@ -540,6 +546,7 @@ class MixedOptimizer(torch.optim.Optimizer):
 
     # ------------------------------------------------------------------------------ lazy modes
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def flush(self, progress: bool | None = None) -> None:
         """Bring every row of the groups in a lazy mode up to date, as before evaluation or export.
@@ -601,12 +608,12 @@ class MixedOptimizer(torch.optim.Optimizer):
             for begin in range(0, rows, chunk):
                 end = min(begin + chunk, rows)
                 try:
-                    done = _native.C.catch_up(
+                    there = _native.C.catch_up(
                         p, states, last_step, rule, history.native(), ids, begin, end
                     )
                 except _native.C.UpdateError as error:
                     raise self._translated(error, index, position) from None
-                if done is None:
+                if not there:
                     break
                 if advance is not None:
                     advance(end - begin)
@@ -628,11 +635,16 @@ class MixedOptimizer(torch.optim.Optimizer):
 
     def _catch_up_ids(self, p: Tensor, ids: Tensor) -> None:
         """Bring the rows that a tracked module is about to read up to date."""
+        used = self._used_rows().get(p)
+        if used is not None and used.current and not _is_capturing():
+            return
         for index, group in enumerate(self.param_groups):
             if group["lazy"] == "frozen":
                 continue
             for position, q in enumerate(group["params"]):
-                if q is p and _history(group).started and self._has_clock(p, group):
+                if q is not p or not (_history(group).started or _is_capturing()):
+                    continue
+                if self._has_clock(p, group):
                     last_step = self.state[p]["last_step"]
                     # Ids are indices of the first dimension.
                     rows = None if last_step.dim() != 1 else ids
@@ -641,44 +653,71 @@ class MixedOptimizer(torch.optim.Optimizer):
     def _place_histories(self) -> None:
         """Put the histories of lazy groups where the kernels of their parameters read them."""
         for group in self.param_groups:
-            if group["lazy"] == "frozen" or group["fused"] is False or _native.C is None:
+            if group["lazy"] == "frozen" or _native.C is None:
                 continue
-            history = _history(group)
-            if history.placed:
-                continue
-            for device in {p.device for p in group["params"]}:
-                history.place(device, many=group["capturable"])
+            history, many = _history(group), group["capturable"]
+            if not history.placed and group["fused"] is not False:
+                for device in {p.device for p in group["params"]}:
+                    history.place(device, many=many)
+            history.reserve(many=many)
 
-    def _advance_histories(self, native: Any, found_inf: Tensor | None) -> None:
-        """Count the step, unless ``found_inf``, which the host has not read, cancels it."""
+    def _prepare_advance(self, native: Any) -> None:
+        """Tell the native step which histories and counters on GPUs will take it."""
         steps, counters = [], []
         for index, group in enumerate(self.param_groups):
-            if group["lazy"] == "frozen":
+            if not _takes_a_step(group) or not _history(group).on_devices:
                 continue
-            if group.get("accumulation_steps", 1) > 1 and not _closes_window(group):
+            history, betas = _history(group).native(), group["betas"]
+            weight_decay = float(group["weight_decay"])
+            lr = _learning_rate(group)
+            steps.append((history, index, lr, weight_decay, betas[0], betas[-1]))
+            counters += self._idle_counters(group)
+        if steps:
+            native.will_advance(steps, counters)
+
+    def _advance_histories(self, found_inf: Tensor | None) -> None:
+        """Count the step, unless ``found_inf``, which the host has not read, cancels it."""
+        for group in self.param_groups:
+            if not _takes_a_step(group):
                 continue
             history, lr = _history(group), _learning_rate(group)
-            weight_decay, betas = float(group["weight_decay"]), group["betas"]
             if history.on_devices:
-                steps.append((history.native(), index, lr, weight_decay, betas[0], betas[-1]))
                 if found_inf is not None or isinstance(lr, Tensor) or _is_capturing():
                     history.fall_behind(for_good=_is_capturing())
-                else:
-                    history.advance(lr, weight_decay, betas)
-            elif found_inf is None or float(found_inf) == 0.0:
-                history.advance(float(lr), weight_decay, betas)
+                    continue
+            elif found_inf is not None and float(found_inf) != 0.0:
+                continue
             else:
-                continue
-            if group["algorithm"] != "adamw":
-                continue
-            for p in group["params"]:
-                counter = None if p.grad is not None else self.state.get(p, {}).get("step")
-                if counter is not None and history.on_devices:
-                    counters.append(counter)
-                elif counter is not None:
+                for counter in self._idle_counters(group):
                     counter += 1
-        if steps:
-            native.advance(steps, counters)
+            history.advance(float(lr), float(group["weight_decay"]), group["betas"])
+
+    def _note_current_tables(self, certain: bool) -> None:
+        """Note which tracked tables have been updated as a whole, and need not be looked at.
+
+        ``certain``: the step was not cancelled, as the host knows.
+        """
+        for p, used in self._used_rows().items():
+            group = self.param_groups[used.group]
+            if group["lazy"] == "frozen":
+                continue
+            whole = (
+                p.grad is not None
+                and p.grad.layout == torch.strided
+                and not _is_row_lazy(p, group)
+                and group["nonfinite"] in ("propagate", "raise")
+                and group.get("accumulation_steps", 1) == 1
+                and not _is_capturing()
+                and not _history(group).replayed
+            )
+            used.current = whole and (certain or used.current)
+
+    def _idle_counters(self, group: dict[str, Any]) -> list[Tensor]:
+        """Return AdamW's counters of parameters without a gradient: every step counts."""
+        if group["algorithm"] != "adamw":
+            return []
+        idle = (self.state.get(p, {}).get("step") for p in group["params"] if p.grad is None)
+        return [counter for counter in idle if counter is not None]
 
     def _translated(
         self, error: Exception, index: int | None = None, position: int = 0
@@ -801,13 +840,7 @@ class MixedOptimizer(torch.optim.Optimizer):
         for name, dtype in wanted.items():
             if name in state:
                 continue
-            if p.device.type == "cuda" and _is_capturing():
-                raise RuntimeError(
-                    f"{type(self).__name__}.step is being captured in a CUDA graph, but a "
-                    "parameter has no state yet, which every replay would reset: take one step "
-                    "before the capture"
-                )
-            undo.append((p, name, None))
+            self._will_create(p, name, undo)
             if name == "step":
                 # In a lazy mode every step of the group counts.
                 done = _history(group).now(p.device) if group["lazy"] != "frozen" else 0
@@ -822,6 +855,16 @@ class MixedOptimizer(torch.optim.Optimizer):
         if group["lazy"] != "frozen":
             self._init_last_step(p, group, undo, fresh)
         return state
+
+    def _will_create(self, p: Tensor, name: str, undo: list[tuple[Tensor, str, Any]]) -> None:
+        """Note how to take back that a state is created or replaced."""
+        if p.device.type == "cuda" and _is_capturing():
+            raise RuntimeError(
+                f"{type(self).__name__}.step is being captured in a CUDA graph, but a parameter "
+                f"has no state {name!r} yet, or one for gradients of another kind, which every "
+                "replay would reset: take one step before the capture"
+            )
+        undo.append((p, name, self.state[p].get(name)))
 
     def _init_last_step(
         self, p: Tensor, group: dict[str, Any], undo: list[tuple[Tensor, str, Any]], fresh: bool
@@ -840,7 +883,7 @@ class MixedOptimizer(torch.optim.Optimizer):
         if old is not None and old.shape == p.shape[:dims]:
             return
         history = _history(group)
-        undo.append((p, "last_step", old))
+        self._will_create(p, "last_step", undo)
         now = history.now(p.device)
         if old is None:
             # State of an optimizer without clocks is taken to be current.
@@ -872,7 +915,7 @@ class MixedOptimizer(torch.optim.Optimizer):
                 f"the gradient's sparse_dim changed from {old.dim()} to {len(shape)} within an "
                 "accumulation window"
             )
-        undo.append((p, "window", old))
+        self._will_create(p, "window", undo)
         state["window"] = torch.zeros(shape, dtype=_INT32, device=p.device)
         if old is not None and in_window:
             state["window"].copy_(old.expand(shape))
@@ -950,6 +993,8 @@ class MixedOptimizer(torch.optim.Optimizer):
                     # Distributed checkpointing drops the list, which a fresh optimizer lacks.
                     self.state[p].setdefault("window_rows", _unlisted(p))
 
+        for used in self._used_rows().values():
+            used.current = False
         # Registered last, the first hook sees the dict that all other hooks have made; registered
         # first, the second one lets the others see the final state.
         before = self.register_load_state_dict_pre_hook(remember)
@@ -978,6 +1023,7 @@ class _Reader:
         self._optimizer = weakref.ref(optimizer)
         self._p = p
 
+    @torch.inference_mode(False)  # state that is created here outlives it
     @torch.no_grad()
     def __call__(self, ids: Tensor) -> bool:
         """Bring the rows up to date; return whether the next step must know of them."""
@@ -1093,6 +1139,13 @@ def _window_dims(p: Tensor, group: Mapping[str, Any]) -> int:
         return p.grad.sparse_dim()
     per_row = _is_row_lazy(p, group) or (group["scale"] == "rms_rows" and p.dim() > 0)
     return 1 if per_row else 0
+
+
+def _takes_a_step(group: Mapping[str, Any]) -> bool:
+    """Return whether the history of a lazy group takes the present step."""
+    if group["lazy"] == "frozen":
+        return False
+    return group.get("accumulation_steps", 1) == 1 or _closes_window(group)
 
 
 def _closes_window(group: Mapping[str, Any]) -> bool:

@@ -348,8 +348,10 @@ def device_step(
             assert opt._add_to_native(this, index, group, part, rows, []) == []
         native.prepare()
         assert this.cancelled(found_inf) is (False if found_inf is None else None)
+        opt._prepare_advance(native)
         this.apply(grad_scale)
-        opt._advance_histories(native, found_inf)
+        native.advance()
+        opt._advance_histories(found_inf)
 
 
 @contextmanager

@@ -187,6 +187,132 @@ def test_a_bad_index_in_a_replayed_step_is_reported():
         opt.step()
 
 
+LAZY = [(rule, mode) for rule in RULES[:2] for mode in ("decay", "exact")]
+LAZY += [(rule, "decay") for rule in RULES[2:]]
+every_lazy = pytest.mark.parametrize("rule,lazy", LAZY, ids=[f"{r.name}-{m}" for r, m in LAZY])
+
+
+def lazy_tables(rule, lazy, **options):
+    """Make an embedding and its optimizer, and one that gets the same values by eager steps."""
+    pair = []
+    for capturable in (False, True):
+        torch.manual_seed(5)
+        table = torch.nn.Embedding(300, 20, sparse=True, device=DEVICE)
+        opt = rule(table.parameters(), lazy=lazy, capturable=capturable, **options)
+        opt.track(table)
+        pair.append((table, opt))
+    return pair
+
+
+def train(table, opt, ids, factors):
+    opt.zero_grad()
+    (table(ids) * factors).sum().backward()
+    opt.step()
+
+
+@every_lazy
+@pytest.mark.parametrize("amp", [False, True], ids=["plain", "amp"])
+def test_a_lazy_step_with_tracked_reads_never_waits(rule, lazy, amp):
+    table, opt = lazy_tables(rule, lazy)[0]
+    opt.param_groups[0]["lr"] = torch.tensor(0.02, device=DEVICE)
+    if amp:
+        opt.grad_scale = torch.tensor(1.0, device=DEVICE)
+        opt.found_inf = torch.tensor(0.0, device=DEVICE)
+    ids = torch.randint(300, (40,), device=DEVICE)
+    factors = torch.randn(40, 20, device=DEVICE)
+    for _ in range(3):
+        train(table, opt, ids, factors)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(LONG)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        train(table, opt, ids, factors)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert not torch.cuda.current_stream().query(), "the step waited for the GPU"
+    torch.cuda.synchronize()
+    assert opt.param_groups[0]["history"].steps == 4
+
+
+@every_lazy
+def test_a_captured_iteration_of_a_lazy_table_is_replayed(rule, lazy):
+    """The forward pass with its catch-up, the backward pass and the step, under a schedule."""
+    (table, eager), (copied, opt) = lazy_tables(rule, lazy)
+    generator = torch.Generator().manual_seed(3)
+    batches = [torch.randint(300, (40,), generator=generator).to(DEVICE) for _ in range(9)]
+    factors = torch.randn(40, 20, generator=generator).to(DEVICE)
+    lr = torch.tensor(0.02, device=DEVICE)
+    opt.param_groups[0]["lr"] = lr
+    ids = batches[0].clone()
+
+    def rate(number):
+        return 0.02 / (1 + number // 2)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        train(copied, opt, ids, factors)
+    torch.cuda.current_stream().wait_stream(stream)
+    opt.zero_grad()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        train(copied, opt, ids, factors)
+    for number, batch in enumerate(batches):
+        lr.fill_(rate(number))
+        eager.param_groups[0]["lr"] = float(lr)
+        train(table, eager, batch, factors)
+        if number > 0:
+            ids.copy_(batch)
+            graph.replay()
+        assert_agree(copied.weight, table.weight, f"step {number}")
+    for each in (eager, opt):
+        each.flush()
+    assert_agree(copied.weight, table.weight, "after the flush")
+    last = [o.state[t.weight]["last_step"] for t, o in ((table, eager), (copied, opt))]
+    assert torch.equal(*last) and opt.param_groups[0]["history"].steps == len(batches)
+
+
+@every_lazy
+def test_a_captured_lazy_step_that_is_cancelled_did_not_happen(rule, lazy):
+    (table, eager), (copied, opt) = lazy_tables(rule, lazy)
+    opt.grad_scale = torch.tensor(1.0, device=DEVICE)
+    opt.found_inf = found_inf = torch.tensor(0.0, device=DEVICE)
+    ids, factors = torch.arange(40, device=DEVICE), torch.randn(40, 20, device=DEVICE)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        train(copied, opt, ids, factors)
+    torch.cuda.current_stream().wait_stream(stream)
+    opt.zero_grad()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        train(copied, opt, ids, factors)
+    train(table, eager, ids, factors)
+    for number in range(6):
+        found_inf.fill_(number in (1, 4))
+        ids.add_(30)
+        graph.replay()
+        if number not in (1, 4):
+            train(table, eager, ids, factors)
+    for each in (eager, opt):
+        each.flush()
+    assert_agree(copied.weight, table.weight, "after the flush")
+    assert opt.param_groups[0]["history"].steps == 5
+
+
+@every_lazy
+def test_ids_repeat_in_many_blocks(rule, lazy):
+    (table, opt), (other, unique) = lazy_tables(rule, lazy)
+    for each, o in ((table, opt), (other, unique)):
+        train(each, o, torch.arange(250, device=DEVICE), torch.ones(250, 20, device=DEVICE))
+        o.zero_grad()
+        o.step()
+    ids = torch.randint(300, (200_000,), device=DEVICE)
+    table(ids)
+    other(ids.unique())
+    assert_agree(table.weight, other.weight, "rows that were read")
+
+
 # --------------------------------------------------------------------------------- a model's step
 
 

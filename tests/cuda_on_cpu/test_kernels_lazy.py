@@ -24,6 +24,7 @@ from both import (
     synchronize,
 )
 from cases import FLOATS, RULES, dense_grad, parameter, views
+from torch.nn import Parameter
 
 F32, F64, BF16, F16 = FLOATS.values()
 MODES = [(rule, mode) for rule in RULES[:2] for mode in ("decay", "exact")]
@@ -123,7 +124,7 @@ def test_mixed_storage(rule, lazy):
 @every_mode
 @views("view", 2)
 def test_views(rule, lazy, view):
-    p = torch.nn.Parameter(view.make(torch.randn(12, 10)))
+    p = Parameter(view.make(torch.randn(12, 10)))
     compare(table(rule, lazy, [p], [[touches(p, n)] for n in range(6)]), flush=(3,))
 
 
@@ -158,14 +159,14 @@ def test_coalesced_gradients_and_empty_ones(rule, lazy):
 @every_mode
 @views("view", 2)
 def test_strided_gradients_after_sparse_ones(rule, lazy, view):
-    p = torch.nn.Parameter(view.make(torch.randn(14, 6)))
+    p = Parameter(view.make(torch.randn(14, 6)))
     grads = [[dense_grad(p) if n in (3, 4, 6) else touches(p, n)] for n in range(9)]
     compare(table(rule, lazy, [p], grads))
 
 
 @every_mode
 def test_parameters_that_are_one_row(rule, lazy):
-    params = [parameter(3000), parameter(1), parameter(0), torch.nn.Parameter(torch.tensor(0.5))]
+    params = [parameter(3000), parameter(1), parameter(0), Parameter(torch.tensor(0.5))]
     grads = [[None if (n + k) % 3 == 0 else dense_grad(p) for k, p in enumerate(params)]
              for n in range(7)]  # fmt: skip
     compare(table(rule, lazy, params, grads))
@@ -332,7 +333,7 @@ def test_copies_go_on_alike(rule, lazy, how):
 
 
 def test_a_rate_that_is_too_large_is_reported_later():
-    p = torch.nn.Parameter(torch.randn(30, 4, device=DEVICE))
+    p = Parameter(torch.randn(30, 4, device=DEVICE))
     opt = RULES[0]([p], lazy="exact")
     for value in (0.02, 4.0):
         opt.param_groups[0]["lr"] = torch.tensor(value, device=DEVICE)
@@ -343,6 +344,8 @@ def test_a_rate_that_is_too_large_is_reported_later():
         opt.step()
     opt.param_groups[0]["lr"] = 0.02
     opt.step()
+    opt.flush()
+    assert bool(p.isfinite().all())
 
 
 def test_a_counter_without_gradients_counts_what_happened():
@@ -406,14 +409,18 @@ def test_tracked_reads(rule, lazy, dim):
 # -------------------------------------------------------------------------------- captured graphs
 
 
-@pytest.mark.skipif(ON_GPU, reason="test_contract_gpu.py captures graphs")
+needs_emulation = pytest.mark.skipif(ON_GPU, reason="test_contract_gpu.py captures graphs")
+
+
+@needs_emulation
 def test_a_captured_history_does_not_move_and_says_when_it_is_full():
-    p = torch.nn.Parameter(torch.randn(8, 4))
+    p = Parameter(torch.randn(8, 4))
     opt = RULES[0]([p], lazy="exact")
     lr = torch.tensor(0.02)
     opt.param_groups[0]["lr"] = lr
     p.grad = entries(p.detach(), [1])
-    device_step(opt)
+    for _ in range(1500):  # as long as it does not change it takes no room
+        device_step(opt)
     with emulation.capturing():
         for number in range(1023):
             lr.fill_(0.01 + 1e-5 * number)
@@ -421,6 +428,8 @@ def test_a_captured_history_does_not_move_and_says_when_it_is_full():
         opt.step()  # no change: no fault
         lr.fill_(0.5)
         device_step(opt)
+        with pytest.raises(RuntimeError, match="more often"):
+            opt.state_dict()
         with pytest.raises(RuntimeError, match=r"flush\(\).*1024 times"):
             opt.step()
         opt.flush()
@@ -428,4 +437,21 @@ def test_a_captured_history_does_not_move_and_says_when_it_is_full():
         lr.fill_(0.25)
         device_step(opt)
         assert opt.param_groups[0]["history"].settings[0][1] == 0.25
+    for number in range(1500):  # between replays it may move
+        lr.fill_(0.01 + 1e-5 * number)
+        device_step(opt)
     opt.step()
+    assert len(opt.param_groups[0]["history"].settings) >= 1500
+
+
+@needs_emulation
+def test_a_history_cannot_begin_within_a_capture():
+    p = Parameter(torch.randn(8, 4))
+    opt = RULES[0]([p], lazy="exact")
+    p.grad = entries(p.detach(), [1])
+    before = p.detach().clone()
+    with emulation.capturing(), pytest.raises(RuntimeError, match="before the capture"):
+        opt.step()
+    assert torch.equal(p.detach(), before)
+    opt.step()
+    assert opt.param_groups[0]["history"].steps == 1

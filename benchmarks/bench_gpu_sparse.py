@@ -29,6 +29,9 @@ METHODS: dict[str, Method] = {
     "torch SparseAdam": torchs(SparseAdam),
     "torch SGD": torchs(SGD),  # without momentum
     "AdamW": ours(AdamW),
+    "Tiger decay": ours(Tiger, lazy="decay"),
+    "Tiger exact": ours(Tiger, lazy="exact"),
+    "AdamW decay": ours(AdamW, lazy="decay"),
 }
 _LARGEST_TABLE = 1 << 31  # elements
 _MOST_VALUES = 1 << 27  # elements of a gradient
@@ -156,6 +159,9 @@ def bars(results: Mapping[SparseCell, Cell]) -> list[Bar]:
         skewed, uniform = (c.race.timings["Tiger"].median if c else math.nan for c in pair)
         return skewed / uniform
 
+    def over_frozen(mode: str, frozen: str) -> float:
+        return ratios(mode, frozen).get(headline, math.nan)
+
     skew = [over_uniform(ids) for ids in ("zipf 1.05", "zipf 1.15", ONE_ROW)]
     return [
         Bar(
@@ -165,6 +171,16 @@ def bars(results: Mapping[SparseCell, Cell]) -> list[Bar]:
         Bar(f"GPU sparse: AdamW, share of the byte floor, {headline.name}", share("AdamW")),
         *times("torch SparseAdam", "AdamW"),
         *times("torch SGD", "Tiger"),
+        *(
+            Bar(
+                f'GPU sparse: time of {name} lazy="{mode}" over "frozen", {headline.name}',
+                over_frozen(f"{name} {mode}", name),
+                1.25,
+                1.1,
+                at_most=True,
+            )
+            for name, mode in (("Tiger", "decay"), ("Tiger", "exact"), ("AdamW", "decay"))
+        ),
         Bar(
             "GPU sparse: time, Zipf or one row over uniform, worst",
             max((s for s in skew if not math.isnan(s)), default=math.nan),

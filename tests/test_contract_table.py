@@ -20,8 +20,8 @@ def test_the_table_has_lines():
 def test_named_tests_exist(line):
     cells = line.split("|")
     assert len(cells) == 5 and all(cell.strip() for cell in cells[1:4])
-    named = re.findall(r"`(\w+\.py)::(\w+)`", cells[3])
-    assert named and not re.sub(r"`\w+\.py::\w+`|\s", "", cells[3])
+    named = re.findall(r"`([\w/]+\.py)::(\w+)`", cells[3])
+    assert named and not re.sub(r"`[\w/]+\.py::\w+`|\s", "", cells[3])
     for file, name in named:
         body = ast.parse((TESTS / file).read_text()).body
         assert name in {f.name for f in body if isinstance(f, ast.FunctionDef)}, f"{file}::{name}"

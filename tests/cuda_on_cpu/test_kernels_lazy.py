@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lazy modes on a device: rows that catch up there, against the CPU's kernels."""
 
+import contextlib
 import copy
 import functools
 import math
@@ -330,6 +331,32 @@ def test_copies_go_on_alike(rule, lazy, how):
             advance(each, number, step)
         for name, t in side.snapshot().items():
             assert_agree(twin.snapshot()[name], t, name)
+
+
+@every_mode
+def test_a_state_dict_travels_from_the_cpu_and_back(rule, lazy):
+    p = parameter(30, 6)
+    task = table(rule, lazy, [p], [[touches(p, n)] for n in range(12)])
+    with cpu_kernels():
+        expected = taken(Side(task, CPU))[-1]
+        there = Side(task, CPU)
+        for number in range(4):
+            advance(there, number)
+    for device, kernels, numbers in (
+        (DEVICE, contextlib.nullcontext(), range(4, 8)),
+        (CPU, cpu_kernels(), range(8, 12)),
+    ):
+        saved = there.opt.state_dict()
+        traveller = Side(task, device)
+        traveller.params[0].data.copy_(there.params[0])
+        there = traveller
+        with kernels:
+            there.opt.load_state_dict(saved)
+            for number in numbers:
+                advance(there, number)
+    with cpu_kernels():
+        there.opt.flush()
+    agree(there.snapshot(), expected, "after the journey", 12)
 
 
 def test_a_rate_that_is_too_large_is_reported_later():

@@ -45,6 +45,9 @@ SANITIZED = (
     " or test_sorted_unique_rows and 40- and -said-tiger"
     " or test_degenerate_tables and tiger"
     " or test_dense_and_sparse_in_one_step"
+    " or test_rows_catch_up and 64-float32 and (tiger-exact or adamw-decay)"
+    " or test_tracked_reads and 64-tiger-exact"
+    " or test_strided_gradients_after_sparse_ones and contiguous and tiger-exact"
 )
 SANITIZER_ERROR = 86
 LOG_BYTES = 8 << 20

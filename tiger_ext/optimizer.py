@@ -35,6 +35,7 @@ from tiger_ext.tracking import TrackingHandle, UsedRows
 
 __all__ = ["MixedOptimizer"]
 
+_Groups = list[tuple[int, dict[str, Any]]]  # with their indices
 _INT32 = torch.int32
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -106,7 +107,7 @@ class _ReferenceUpdate:
     def apply(self, grad_scale: float) -> None:
         where, grad = self._units()
         group, state, part = self.group, self.state, self.part
-        if part.adds and group["lazy"] != "frozen":
+        if part.adds and _is_lazy(group):
             _catch_up_on_reference(self.param, state, group, state["last_step"], where)
         param = self._read(self.param, where)
         decays = torch.ones((param.shape[0],), dtype=torch.bool, device=param.device)
@@ -133,7 +134,7 @@ class _ReferenceUpdate:
         if part.window and part.adds:
             self._write(state["window"], where, torch.full_like(decays, part.window, dtype=_INT32))
         self._update(where, param, grad / grad_scale, decays)
-        if group["lazy"] != "frozen":
+        if _is_lazy(group):
             now = _history(group).steps + (1 if part.moves else 0)
             state["last_step"][... if where is None else where] = now
 
@@ -393,13 +394,18 @@ class MixedOptimizer(torch.optim.Optimizer):
         if found_inf is not None:
             windowed = any(group.get("accumulation_steps", 1) > 1 for group in self.param_groups)
             # The windows' clock is on the host.
-            if (windowed or found_inf.device.type == "cpu") and float(found_inf) != 0.0:
-                self._forget_used_rows()
-                return
+            if windowed or found_inf.device.type == "cpu":
+                if float(found_inf) != 0.0:
+                    self._forget_used_rows()
+                    return
+                found_inf = None
+        lazy = [
+            (i, group) for i, group in enumerate(self.param_groups) if group["lazy"] != "frozen"
+        ]
         undo: list[tuple[Tensor, str, Any]] = []
         windows: list[_WindowRows] = []
         try:
-            self._place_histories()
+            self._place_histories(lazy)
             passes = [self._prepare_pass(True, grad_scale, found_inf, undo, windows)]
             if any(_closes_window(group) for group in self.param_groups):
                 passes.append(self._prepare_pass(False, grad_scale, found_inf, undo, windows))
@@ -408,7 +414,7 @@ class MixedOptimizer(torch.optim.Optimizer):
                 self._restore(undo)
                 self._forget_used_rows()
                 return
-            self._prepare_advance(passes[-1].native)
+            self._prepare_advance(lazy, passes[-1].native)
         except BaseException as error:
             self._restore(undo)
             if _native.C is not None and isinstance(error, _native.C.UpdateError):
@@ -418,11 +424,10 @@ class MixedOptimizer(torch.optim.Optimizer):
             for place in each.before:
                 self._catch_up(*place)
             each.apply(grad_scale)
-        if passes[-1].native is not None:
-            passes[-1].native.advance()
-        unread = found_inf if None in cancelled else None
-        self._advance_histories(unread)
-        self._note_current_tables(certain=unread is None)
+        if lazy:
+            unread = found_inf if None in cancelled else None
+            self._advance_histories(lazy, passes[-1].native, unread)
+            self._note_current_tables(certain=unread is None)
         self._advance_windows(windows)
         self._forget_used_rows()
 
@@ -441,7 +446,7 @@ class MixedOptimizer(torch.optim.Optimizer):
         for index, group in enumerate(self.param_groups):
             if not adds and not _closes_window(group):
                 continue
-            if adds and group["lazy"] != "frozen":
+            if adds and _is_lazy(group):
                 check_lazy(group)
                 _history(group).check_room()
             part = _part_of(group, adds)
@@ -567,7 +572,7 @@ class MixedOptimizer(torch.optim.Optimizer):
                 _native.C.Step(self._faults(), None, None)
             except _native.C.UpdateError as error:
                 raise self._translated(error) from None
-        groups = [g for g in self.param_groups if g["lazy"] != "frozen" and _history(g).started]
+        groups = [g for g in self.param_groups if _is_lazy(g) and _history(g).started]
         rows = sum(len(p) if p.dim() else 1 for g in groups for p in g["params"])
         with _Progress(rows, progress) as bar:
             for index, group in enumerate(self.param_groups):
@@ -639,7 +644,7 @@ class MixedOptimizer(torch.optim.Optimizer):
         if used is not None and used.current and not _is_capturing():
             return
         for index, group in enumerate(self.param_groups):
-            if group["lazy"] == "frozen":
+            if not _is_lazy(group):
                 continue
             for position, q in enumerate(group["params"]):
                 if q is not p or not (_history(group).started or _is_capturing()):
@@ -650,10 +655,10 @@ class MixedOptimizer(torch.optim.Optimizer):
                     rows = None if last_step.dim() != 1 else ids
                     self._catch_up(index, position, last_step, rows)
 
-    def _place_histories(self) -> None:
+    def _place_histories(self, lazy: _Groups) -> None:
         """Put the histories of lazy groups where the kernels of their parameters read them."""
-        for group in self.param_groups:
-            if group["lazy"] == "frozen" or _native.C is None:
+        for _, group in lazy:
+            if _native.C is None:
                 continue
             history, many = _history(group), group["capturable"]
             if not history.placed and group["fused"] is not False:
@@ -661,10 +666,10 @@ class MixedOptimizer(torch.optim.Optimizer):
                     history.place(device, many=many)
             history.reserve(many=many)
 
-    def _prepare_advance(self, native: Any) -> None:
+    def _prepare_advance(self, lazy: _Groups, native: Any) -> None:
         """Tell the native step which histories and counters on GPUs will take it."""
         steps, counters = [], []
-        for index, group in enumerate(self.param_groups):
+        for index, group in lazy:
             if not _takes_a_step(group) or not _history(group).on_devices:
                 continue
             history, betas = _history(group).native(), group["betas"]
@@ -675,9 +680,11 @@ class MixedOptimizer(torch.optim.Optimizer):
         if steps:
             native.will_advance(steps, counters)
 
-    def _advance_histories(self, found_inf: Tensor | None) -> None:
+    def _advance_histories(self, lazy: _Groups, native: Any, found_inf: Tensor | None) -> None:
         """Count the step, unless ``found_inf``, which the host has not read, cancels it."""
-        for group in self.param_groups:
+        if native is not None:
+            native.advance()
+        for _, group in lazy:
             if not _takes_a_step(group):
                 continue
             history, lr = _history(group), _learning_rate(group)
@@ -699,7 +706,7 @@ class MixedOptimizer(torch.optim.Optimizer):
         """
         for p, used in self._used_rows().items():
             group = self.param_groups[used.group]
-            if group["lazy"] == "frozen":
+            if not _is_lazy(group):
                 continue
             whole = (
                 p.grad is not None
@@ -759,7 +766,7 @@ class MixedOptimizer(torch.optim.Optimizer):
         """Add a group to the native step; return the positions that have no native kernel."""
         params = group["params"]
         rule = _native_rule(group, part)
-        history = None if group["lazy"] == "frozen" else _history(group)
+        history = _history(group) if _is_lazy(group) else None
         own = None if history is None else history.native()
         args = (params, self.state, index, rule, _learning_rate(group), rows, own)
         without_state, rest, lagging = this.native.add_group(*args, None)
@@ -843,7 +850,7 @@ class MixedOptimizer(torch.optim.Optimizer):
             self._will_create(p, name, undo)
             if name == "step":
                 # In a lazy mode every step of the group counts.
-                done = _history(group).now(p.device) if group["lazy"] != "frozen" else 0
+                done = _history(group).now(p.device) if _is_lazy(group) else 0
                 state[name] = torch.zeros((), dtype=dtype, device=_clock_device(p)) + done
                 continue
             state[name] = torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format)
@@ -852,7 +859,7 @@ class MixedOptimizer(torch.optim.Optimizer):
             state[name].zero_()
         if group.get("accumulation_steps", 1) > 1:
             self._init_window(p, group, undo)
-        if group["lazy"] != "frozen":
+        if _is_lazy(group):
             self._init_last_step(p, group, undo, fresh)
         return state
 
@@ -1141,10 +1148,12 @@ def _window_dims(p: Tensor, group: Mapping[str, Any]) -> int:
     return 1 if per_row else 0
 
 
+def _is_lazy(group: Mapping[str, Any]) -> bool:
+    return group["lazy"] != "frozen"
+
+
 def _takes_a_step(group: Mapping[str, Any]) -> bool:
     """Return whether the history of a lazy group takes the present step."""
-    if group["lazy"] == "frozen":
-        return False
     return group.get("accumulation_steps", 1) == 1 or _closes_window(group)
 
 

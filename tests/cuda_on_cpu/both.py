@@ -341,17 +341,17 @@ def device_step(
     native = _native.C.Step(opt._faults(), grad_scale, found_inf)
     this = optimizer._Pass(native, [], [])
     with mock.patch.object(optimizer, "_learning_rate", lambda group: group["lr"]):
-        opt._place_histories()
+        lazy = [(i, g) for i, g in enumerate(opt.param_groups) if optimizer._is_lazy(g)]
+        opt._place_histories(lazy)
         for index, group in enumerate(opt.param_groups):
             part = optimizer._Part()
             rows = opt._masks(index, group)
             assert opt._add_to_native(this, index, group, part, rows, []) == []
         native.prepare()
         assert this.cancelled(found_inf) is (False if found_inf is None else None)
-        opt._prepare_advance(native)
+        opt._prepare_advance(lazy, native)
         this.apply(grad_scale)
-        native.advance()
-        opt._advance_histories(found_inf)
+        opt._advance_histories(lazy, native, found_inf)
 
 
 @contextmanager

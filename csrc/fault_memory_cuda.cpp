@@ -33,21 +33,23 @@ class RelaxedCapture {
   cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
 };
 
+void* allocate(size_t bytes) {
+  const RelaxedCapture relaxed;
+  void* memory = nullptr;
+  const cudaError_t status =
+      cudaHostAlloc(&memory, bytes, cudaHostAllocPortable | cudaHostAllocMapped);
+  if (status == cudaSuccess) return memory;
+  cudaGetLastError();  // reported here, so that no later call reports it
+  throw std::runtime_error(std::string("tiger_ext: allocating host memory for CUDA: ") +
+                           cudaGetErrorString(status));
+}
+
 }  // namespace
 
 std::shared_ptr<RowFault> make_fault_memory() {
   const std::lock_guard lock(pool().mutex);
   if (pool().free.empty()) {
-    const RelaxedCapture relaxed;
-    RowFault* memory = nullptr;
-    const cudaError_t status =
-        cudaHostAlloc(reinterpret_cast<void**>(&memory), kPerAllocation * sizeof(RowFault),
-                      cudaHostAllocPortable | cudaHostAllocMapped);
-    if (status != cudaSuccess) {
-      cudaGetLastError();  // reported here, so that no later call reports it
-      throw std::runtime_error(std::string("tiger_ext: allocating host memory for CUDA: ") +
-                               cudaGetErrorString(status));
-    }
+    auto* const memory = static_cast<RowFault*>(allocate(kPerAllocation * sizeof(RowFault)));
     for (int k = 0; k < kPerAllocation; ++k) pool().free.push_back(memory + k);
   }
   RowFault* const fault = pool().free.back();
@@ -57,6 +59,20 @@ std::shared_ptr<RowFault> make_fault_memory() {
             const std::lock_guard lock(pool().mutex);
             pool().free.push_back(f);
           }};
+}
+
+uint64_t* make_note_memory() {
+  static uint64_t* next = nullptr;
+  static int left = 0;
+  const std::lock_guard lock(pool().mutex);
+  if (left == 0) {
+    constexpr int kNotes = 512;
+    next = static_cast<uint64_t*>(allocate(kNotes * sizeof(uint64_t)));
+    left = kNotes;
+  }
+  --left;
+  *next = 0;
+  return next++;
 }
 
 }  // namespace tiger_ext

@@ -21,10 +21,6 @@ namespace tiger_ext {
 struct HistorySetting {
   int64_t first = 0;
   double lr = 0.0, weight_decay = 0.0, beta1 = 0.0, beta2 = 0.0;
-
-  bool same(const HistorySetting& s) const {
-    return lr == s.lr && weight_decay == s.weight_decay && beta1 == s.beta1 && beta2 == s.beta2;
-  }
 };
 
 struct HistoryNumbers {

@@ -141,7 +141,7 @@ TIGER_EXT_INLINE int64_t find_stretch(const Stretch* stretches, int64_t low, int
 // The effect of steps from + 1, ..., to (at most the last one appended).
 TIGER_EXT_INLINE SkippedSteps skipped_steps(const Stretch* stretches, int64_t count, int64_t from,
                                             int64_t to) {
-  if (from >= to) return {};
+  if (from >= to || count == 0) return {};
   const int64_t last = find_stretch(stretches, 0, count, to);
   // The best guess for a schedule that changes at every step.
   int64_t low = last - (to - from - 1);
@@ -193,13 +193,14 @@ TIGER_EXT_INLINE CatchUp<T> catch_up_with(const Missed& m, const T* floors) {
 
 // A history in a device's memory. The host knows none of its numbers without waiting: a step may
 // not have happened, by AMP's found_inf, and a captured graph takes steps of which the host is not
-// told. Graphs and kernels hold the address of this alone, so that the stretches can move.
+// told. Graphs and kernels know no other address of a history, so that the stretches can move.
 struct HistoryClock {
   Stretch* stretches;
   int32_t steps;  // taken so far
   int32_t count;  // of stretches
   int32_t capacity;
-  int32_t lost;  // changes for which there was no room
+  int32_t lost;       // changes for which there was no room
+  uint32_t sequence;  // of the last call of the host that was carried out, see HistoryAdvance
 };
 
 }  // namespace tiger_ext

@@ -7,6 +7,7 @@
 #include <ATen/Functions.h>
 #include <ATen/core/grad_mode.h>
 #include <c10/core/InferenceMode.h>
+#include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
@@ -54,8 +55,7 @@ HistoryCopyCuda::HistoryCopyCuda(c10::Device device, const HistoryNumbers& numbe
         "being captured: take one step before the capture");
   const int64_t count = static_cast<int64_t>(numbers.settings.size());
   const int64_t capacity = std::max(many ? kManyRoom : kRoom, 2 * count);
-  const std::shared_ptr<RowFault> shared = make_fault_memory();
-  note_ = std::shared_ptr<uint64_t>(shared, reinterpret_cast<uint64_t*>(shared.get()));
+  note_ = make_note_memory();
   *note_ = static_cast<uint64_t>(count);
   clock_ = at::empty({kInts}, at::TensorOptions().dtype(at::kInt).device(device));
   stretches_ = room(capacity);
@@ -67,33 +67,31 @@ HistoryCopyCuda::HistoryCopyCuda(c10::Device device, const HistoryNumbers& numbe
 
 void HistoryCopyCuda::reserve(bool many) {
   const c10::cuda::CUDAGuard guard(device_);
-  if (is_capturing()) {  // a replay would move the history each time
-    captured_ = true;
-    return;
-  }
+  if (is_capturing()) return;  // a replay would move the history each time
   const int64_t capacity = stretches_.size(0);
   int64_t wanted = many ? std::max(capacity, kManyRoom) : capacity;
-  // Half of it is kept for replays of which the device has noted nothing yet.
-  while (most() >= (captured_ ? wanted / 2 : wanted)) wanted *= 2;
+  // Half of it is for replays.
+  while (most() >= (many ? wanted / 2 : wanted)) wanted *= 2;
   if (wanted == capacity) return;
   if (wanted > INT32_MAX) throw std::length_error("tiger_ext: a history is full, call flush()");
   const OrdinaryTensors ordinary;
   const at::Tensor larger = room(wanted);
   larger.narrow(0, 0, capacity).copy_(stretches_);
   move_history(clock(), stretches(larger), static_cast<int32_t>(wanted), stream());
-  outgrown_ = stretches_;
+  c10::cuda::CUDACachingAllocator::recordStream(stretches_.storage().data_ptr(),
+                                                c10::cuda::getCurrentCUDAStream(device_.index()));
   stretches_ = larger;
 }
 
 HistoryAdvance HistoryCopyCuda::advance(const HistoryStep& step, const double* lr_there) {
   const HistorySetting& s = step.setting;
-  return {clock(), s.lr,        lr_there,    s.weight_decay, s.beta1,
-          s.beta2, ++sequence_, note_.get(), nullptr,        step.place};
+  return {clock(), s.lr,        lr_there, s.weight_decay, s.beta1,
+          s.beta2, ++sequence_, note_,    nullptr,        step.place};
 }
 
 // There are no more stretches than this, but for those of replays.
 int64_t HistoryCopyCuda::most() const {
-  const uint64_t note = *static_cast<volatile uint64_t*>(note_.get());
+  const uint64_t note = *static_cast<volatile uint64_t*>(note_);
   return static_cast<int64_t>(note & UINT32_MAX) +
          static_cast<uint32_t>(sequence_ - static_cast<uint32_t>(note >> 32));
 }

@@ -4,8 +4,6 @@
 #include <ATen/core/Tensor.h>
 #include <cuda_runtime.h>
 
-#include <memory>
-
 #include "group_history.h"
 #include "lazy_cuda.h"
 #include "step.h"
@@ -40,12 +38,10 @@ class HistoryCopyCuda final : public HistoryCopy {
   }
 
   c10::Device device_;
-  at::Tensor clock_;      // a HistoryClock
-  at::Tensor stretches_;  // [capacity, a Stretch]
-  at::Tensor outgrown_;   // the one before, which kernels on another stream may still read
-  std::shared_ptr<uint64_t> note_;  // of the last call of `advance` that the device has done
-  uint32_t sequence_ = 0;           // of the last call
-  bool captured_ = false;           // replays of a graph may be under way
+  at::Tensor clock_;       // a HistoryClock
+  at::Tensor stretches_;   // [capacity, a Stretch]
+  uint64_t* note_;         // of the last call of `advance` that the device has done
+  uint32_t sequence_ = 0;  // of the last call
 };
 
 }  // namespace tiger_ext

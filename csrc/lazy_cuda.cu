@@ -21,10 +21,20 @@ struct Advance {
   int64_t blocks(const Item&) const { return 1; }
 
   __device__ void operator()(const Item& item, uint32_t) const {
-    if (threadIdx.x != 0 || step_cancelled(found_inf)) return;
-    if (item.counter) ++*item.counter;
+    if (threadIdx.x != 0) return;
+    const bool happens = !step_cancelled(found_inf);
+    if (item.counter && happens) ++*item.counter;
     if (!item.clock) return;
     HistoryClock& clock = *item.clock;
+    if (happens) count_step(item, clock);
+    // A replay comes with the number of the call that was captured.
+    if (static_cast<int32_t>(item.sequence - clock.sequence) > 0) clock.sequence = item.sequence;
+    *static_cast<volatile uint64_t*>(item.note) =
+        static_cast<uint64_t>(clock.sequence) << 32 | static_cast<uint32_t>(clock.count);
+  }
+
+ private:
+  __device__ void count_step(const Item& item, HistoryClock& clock) const {
     ++clock.steps;
     const double lr = item.lr_there ? *item.lr_there : item.lr;
     const bool same = clock.count > 0 && clock.stretches[clock.count - 1].same(
@@ -38,11 +48,8 @@ struct Advance {
       clock.count = static_cast<int32_t>(append_step(clock.stretches, clock.count, clock.steps, lr,
                                                      item.weight_decay, item.beta1, item.beta2));
     }
-    *static_cast<volatile uint64_t*>(item.note) =
-        static_cast<uint64_t>(item.sequence) << 32 | static_cast<uint32_t>(clock.count);
   }
 
- private:
   // Unless the host has yet to read another report.
   __device__ void tell(const Item& item, RowFault::Kind kind) const {
     volatile RowFault& r = *report;
@@ -78,7 +85,7 @@ struct WriteHistory {
       count =
           append_step(item.stretches, count, static_cast<int64_t>(s[0]), s[1], s[2], s[3], s[4]);
     }
-    *item.clock = {item.stretches, item.steps, static_cast<int32_t>(count), item.capacity, 0};
+    *item.clock = {item.stretches, item.steps, static_cast<int32_t>(count), item.capacity, 0, 0};
   }
 };
 

@@ -27,8 +27,8 @@ struct HistoryAdvance {
   UpdatePlace place;
 };
 
-// Unless found_inf cancels the step. A step whose hyperparameters a history has no room for, or
-// that are not legal, counts with those before it, and is reported.
+// Unless found_inf cancels the step. One whose hyperparameters a history has no room for, or that
+// are not legal, counts with those before it (the first: without any effect), and is reported.
 void advance_histories(const std::vector<HistoryAdvance>& work, const DeviceContext& context);
 
 // Writes a history of `count` settings, five doubles each in device memory: the first step, lr,

@@ -83,10 +83,12 @@ void Faults::raise() {
     throw UpdateError(UpdateError::Kind::kRuntime, place,
                       c10::str("the lazy mode's history is full: between two calls of flush() a "
                                "captured graph may change its hyperparameters ",
-                               fault.rows, " times; rows that were behind have missed steps"));
+                               fault.rows,
+                               " times; later steps counted with the last that were "
+                               "noted"));
   if (fault.kind == RowFault::kRateTooLarge)
     throw UpdateError(UpdateError::Kind::kValue, place,
-                      "an earlier step in a lazy mode had lr * weight_decay >= 1");
+                      "an earlier step of its group, in a lazy mode, had lr * weight_decay >= 1");
   throw bad_index(place, fault.entry, fault.index, fault.dimension, fault.rows);
 }
 

@@ -137,9 +137,9 @@ bool goes_by_rows(const Update& u);
 // How many leading dimensions make a row of it, if its gradient is strided.
 int64_t row_dims(const Update& u);
 
-// Brings rows of a table up to date with step u.rule.current: those of `ids` (int64, any number of
-// times each, any shape), or if undefined rows [begin, end). Everything is checked before the first
-// write.
+// Brings rows of a table up to date with the rule's history: those of `ids` (integers, any number
+// of times each, any shape), or if undefined rows [begin, end). Ids that are no row raise
+// UpdateError before anything is written; a device that cannot tell without waiting drops them.
 using CatchUpFunction = void (*)(Update& u, const at::Tensor& ids, int64_t begin, int64_t end);
 
 struct CatchUpRegistration {

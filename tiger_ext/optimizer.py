@@ -516,6 +516,7 @@ class MixedOptimizer(torch.optim.Optimizer):
                 if p is table:
                     rows = len(p) if p.dim() else 1
                     used = UsedRows(self._name(index, position), rows, index)
+                    used.current = _is_lazy(group) and not _history(group).started
                     used = self._used_rows().setdefault(p, used)
                     return TrackingHandle(module, used, _Reader(self, p))
         raise ValueError(
@@ -582,6 +583,9 @@ class MixedOptimizer(torch.optim.Optimizer):
                     if self._has_clock(p, group):
                         self._catch_up(index, position, self.state[p]["last_step"], advance=bar)
                 _history(group).forget()
+        for used in self._used_rows().values():
+            group = self.param_groups[used.group]
+            used.current = _is_lazy(group) and not _history(group).replayed
 
     def _has_clock(self, p: Tensor, group: dict[str, Any]) -> bool:
         """Create the state of a trainable parameter that has none yet; its rows age as well."""
@@ -662,7 +666,7 @@ class MixedOptimizer(torch.optim.Optimizer):
                 continue
             history, many = _history(group), group["capturable"]
             if not history.placed and group["fused"] is not False:
-                for device in {p.device for p in group["params"]}:
+                for device in {p.device for p in group["params"] if not p.is_meta}:
                     history.place(device, many=many)
             history.reserve(many=many)
 
@@ -1000,8 +1004,6 @@ class MixedOptimizer(torch.optim.Optimizer):
                     # Distributed checkpointing drops the list, which a fresh optimizer lacks.
                     self.state[p].setdefault("window_rows", _unlisted(p))
 
-        for used in self._used_rows().values():
-            used.current = False
         # Registered last, the first hook sees the dict that all other hooks have made; registered
         # first, the second one lets the others see the final state.
         before = self.register_load_state_dict_pre_hook(remember)
@@ -1015,6 +1017,8 @@ class MixedOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from a pickle or state dict; older ones get the newer options' defaults."""
         super().__setstate__(state)
+        for used in self._used_rows().values():
+            used.current = False
         for group in self.param_groups:
             algorithm = algorithm_of(group.setdefault("algorithm", self._algorithm))
             for name, value in algorithm.defaults.items():

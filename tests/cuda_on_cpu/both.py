@@ -352,6 +352,7 @@ def device_step(
         opt._prepare_advance(lazy, native)
         this.apply(grad_scale)
         opt._advance_histories(lazy, native, found_inf)
+        opt._note_current_tables(certain=found_inf is None)
 
 
 @contextmanager

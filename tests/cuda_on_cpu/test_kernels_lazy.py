@@ -359,10 +359,11 @@ def test_a_state_dict_travels_from_the_cpu_and_back(rule, lazy):
     agree(there.snapshot(), expected, "after the journey", 12)
 
 
-def test_a_rate_that_is_too_large_is_reported_later():
+@pytest.mark.parametrize("rates", [(0.02, 4.0), (4.0,)], ids=["later", "first"])
+def test_a_rate_that_is_too_large_is_reported_later(rates):
     p = Parameter(torch.randn(30, 4, device=DEVICE))
     opt = RULES[0]([p], lazy="exact")
-    for value in (0.02, 4.0):
+    for value in rates:
         opt.param_groups[0]["lr"] = torch.tensor(value, device=DEVICE)
         p.grad = moved(entries(torch.randn(30, 4), [1, 2]), DEVICE)
         device_step(opt)
@@ -371,6 +372,7 @@ def test_a_rate_that_is_too_large_is_reported_later():
         opt.step()
     opt.param_groups[0]["lr"] = 0.02
     opt.step()
+    opt._catch_up_ids(p, torch.arange(30, device=DEVICE))
     opt.flush()
     assert bool(p.isfinite().all())
 
@@ -431,6 +433,27 @@ def test_tracked_reads(rule, lazy, dim):
     synchronize()
     for name, t in side.snapshot().items():
         assert_agree(t, before[name], name)
+
+
+def test_tables_with_dense_gradients_are_not_looked_at():
+    """Nor written, so that graphs which saved them stay valid; with AMP, too."""
+    p = parameter(9, 4)
+    grads = [[dense_grad(p)], [dense_grad(p)], [touches(p, 0)], [dense_grad(p)], [dense_grad(p)]]
+    side = Side(table(RULES[0], "exact", [p], grads), DEVICE)
+    module = torch.nn.Embedding(9, 4)
+    module.weight = side.params[0]
+    side.opt.track(module)
+    found_inf = torch.zeros((), device=DEVICE)
+    looked = []
+    for number in range(5):
+        found_inf.fill_(number == 1)
+        advance(side, number, functools.partial(device_step, found_inf=found_inf))
+        version = side.params[0]._version
+        module(torch.arange(9, device=DEVICE))
+        looked.append(side.params[0]._version > version)
+        if number == 3:
+            side.opt.flush()
+    assert looked == [False, False, True, True, False]
 
 
 # -------------------------------------------------------------------------------- captured graphs

@@ -435,13 +435,15 @@ class CatchUpTable {
     Entry& entry = memory_[static_cast<uint32_t>(from) % kEntries];
     const uint64_t key = params_.history << 32 | static_cast<uint32_t>(from);
     if (entry.key != key) fill(entry, key, from);
-    return catch_up_with<T, Rule::kStates>(entry.missed, floors_);
+    CatchUp<T> c = entry.catch_up;
+    for (int k = 0; k < Rule::kStates; ++k) c.floor[k] = c.factor[k] == T(0) ? T(0) : floors_[k];
+    return c;
   }
 
  private:
   struct Entry {
     uint64_t key = 0;
-    Missed missed;
+    CatchUp<T> catch_up;  // but for the floors, which differ from item to item
   };
   static constexpr int kEntries = 1024;
 
@@ -451,9 +453,9 @@ class CatchUpTable {
   }
 
   __attribute__((noinline)) void fill(Entry& entry, uint64_t key, int32_t from) const {
-    entry.missed =
-        missed(skipped_steps(params_.stretches, params_.stretch_count, from, params_.current),
-               Rule::kStates == 2);
+    const SkippedSteps skipped =
+        skipped_steps(params_.stretches, params_.stretch_count, from, params_.current);
+    entry.catch_up = catch_up_with<T, Rule::kStates>(missed(skipped, Rule::kStates == 2), floors_);
     entry.key = key;
   }
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- claims: begin -->", "<!-- claims: end -->"
 SCRIPTS = (
     "bench_sparse",
@@ -20,26 +21,55 @@ SCRIPTS = (
 )
 
 
+def _machine(result: dict) -> str:
+    machine = result["machine"]
+    return f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}"
+
+
 def claims_table() -> str:
-    """Return the table of every claim that has a bar, in Markdown."""
-    rows = ["| claim | measured | wanted | goal | script | result |", "|---|---|---|---|---|---|"]
-    machines = set()
+    """Return the table of every claim that has a bar, in Markdown.
+
+    The newest results lie in ``results``; folders in it hold those of other machines, maybe of
+    older code.
+    """
+    folders = [RESULTS, *sorted(p for p in RESULTS.iterdir() if p.is_dir())]
+    files = {
+        (folder, name): json.loads((folder / f"{name}.json").read_text())
+        for folder in folders
+        for name in SCRIPTS
+        if (folder / f"{name}.json").exists()
+    }
+    lines = []
+    for letter, folder in zip("ABCDEFG", folders, strict=False):
+        own = [result for (place, _), result in files.items() if place == folder]
+        machines = " and ".join(sorted({_machine(result) for result in own}))
+        dates = sorted({result["machine"]["date"][:10] for result in own})
+        when = " to ".join(dict.fromkeys((dates[0], dates[-1])))
+        lines.append(f"* **{letter}**: {machines}; {when}, in {folder.relative_to(ROOT)}")
+    letters = " | ".join("ABCDEFG"[: len(folders)])
+    lines += ["", f"| claim | {letters} | wanted | goal | script |"]
+    lines.append("|---" * (len(folders) + 4) + "|")
     for name in SCRIPTS:
-        path = Path("benchmarks/results") / f"{name}.json"
-        result = json.loads((ROOT / path).read_text())
-        machine = result["machine"]
-        machines.add(f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}")
-        for bar in result["bars"]:
+        measured = [
+            {bar["claim"]: bar for bar in files.get((folder, name), {"bars": []})["bars"]}
+            for folder in folders
+        ]
+        for claim, bar in measured[0].items():
             if bar["bar"] is None:
                 continue
             sign = "≤" if bar["at_most"] else "≥"
             goal = "" if bar["goal"] is None else f"{sign} {bar['goal']:g}"
-            missed = " (**not met**)" if bar["verdict"] == "NOT MET" else ""
-            rows.append(
-                f"| {bar['claim']} | {bar['value']:.3g}{missed} | {sign} {bar['bar']:g} | {goal} "
-                f"| benchmarks/{name}.py | {path} |"
+            values = " | ".join(_value(bars.get(claim)) for bars in measured)
+            lines.append(
+                f"| {claim} | {values} | {sign} {bar['bar']:g} | {goal} | benchmarks/{name}.py |"
             )
-    return "\n".join([f"Measured on {' and '.join(sorted(machines))}.", "", *rows])
+    return "\n".join(lines)
+
+
+def _value(bar: dict | None) -> str:
+    if bar is None:
+        return ""
+    return f"{bar['value']:.3g}" + (" (**not met**)" if bar["verdict"] == "NOT MET" else "")
 
 
 def readme_with_claims() -> str:

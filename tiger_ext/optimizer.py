@@ -567,6 +567,9 @@ class MixedOptimizer(torch.optim.Optimizer):
 
         Raises:
             IndexError: a GPU has found a bad row index in an earlier gradient.
+            ValueError: a GPU has found ``lr * weight_decay >= 1`` in an earlier step.
+            RuntimeError: replays of a captured graph changed the learning rate more often than
+                there was room for.
         """
         if _native.C is not None:
             try:

@@ -210,6 +210,20 @@ def train(table, opt, ids, factors):
     opt.step()
 
 
+def captured(table, opt, ids, factors):
+    """Train once as warm-up, then capture an iteration."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        train(table, opt, ids, factors)
+    torch.cuda.current_stream().wait_stream(stream)
+    opt.zero_grad()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        train(table, opt, ids, factors)
+    return graph
+
+
 @every_lazy
 @pytest.mark.parametrize("amp", [False, True], ids=["plain", "amp"])
 def test_a_lazy_step_with_tracked_reads_never_waits(rule, lazy, amp):
@@ -248,15 +262,7 @@ def test_a_captured_iteration_of_a_lazy_table_is_replayed(rule, lazy):
     def rate(number):
         return 0.02 / (1 + number // 2)
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        train(copied, opt, ids, factors)
-    torch.cuda.current_stream().wait_stream(stream)
-    opt.zero_grad()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        train(copied, opt, ids, factors)
+    graph = captured(copied, opt, ids, factors)
     for number, batch in enumerate(batches):
         lr.fill_(rate(number))
         eager.param_groups[0]["lr"] = float(lr)
@@ -278,15 +284,7 @@ def test_a_captured_lazy_step_that_is_cancelled_did_not_happen(rule, lazy):
     opt.grad_scale = torch.tensor(1.0, device=DEVICE)
     opt.found_inf = found_inf = torch.tensor(0.0, device=DEVICE)
     ids, factors = torch.arange(40, device=DEVICE), torch.randn(40, 20, device=DEVICE)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        train(copied, opt, ids, factors)
-    torch.cuda.current_stream().wait_stream(stream)
-    opt.zero_grad()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        train(copied, opt, ids, factors)
+    graph = captured(copied, opt, ids, factors)
     train(table, eager, ids, factors)
     for number in range(6):
         found_inf.fill_(number in (1, 4))

@@ -1,14 +1,19 @@
-# A fresh machine needs `make demo` and `make test`; each sets up what it needs.
+# A fresh machine needs `make demo` and `make test`; each sets up what it needs, and they share a build.
 #
-#   make demo        train a next-token model with a million-row embedding, against SparseAdam
-#   make test        all tests, C++ and Python
+#   make demo        train a next-token model with a two-million-row table, against torch's optimizers
+#   make test        all tests of the CPU build, C++ and Python
+#   make check       what else must hold: lint, cuda-build, cuda-on-cpu, cmake-build, add-rule
 #   make bench       the CPU benchmarks, results in benchmarks/results
 #   make wheel       a wheel and an sdist in dist/, tried in an empty venv
-#   make lint        formatting, lint and types
-#   make sanitize    the kernel tests under AddressSanitizer and UBSan
-#   make cuda-build  compile the CUDA kernels and test against the CUDA build of torch, without a GPU
-#   make cuda-on-cpu the CUDA kernels' source run on the CPU under sanitizers (part of `make test`)
 #   make gpu-check   on a machine with a GPU: build, tests, compute-sanitizer, benchmarks
+#   make sanitize    the tests of the CPU kernels under AddressSanitizer and UBSan
+#
+# The parts of `make check`:
+#   make lint        formatting, lint and types
+#   make cuda-build  compile the CUDA kernels and test against the CUDA build of torch, without a GPU
+#   make cuda-on-cpu the CUDA kernels' source run on the CPU under sanitizers
+#   make cmake-build the extension built by CMake: imported (CPU torch), compiled (CUDA torch)
+#   make add-rule    a rule added as docs/design.md says, in a copy of the project
 
 PYTHON ?= python3
 export MAX_JOBS ?= 2
@@ -19,11 +24,15 @@ VENV := .venv
 CUDA_VENV := .venv-cuda
 WHEEL_VENV := .venv-wheel
 BIN := $(VENV)/bin
-SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
-CPP_FILES := $(wildcard csrc/* tests/cpp/* $(addprefix tests/cuda_on_cpu/,*.cpp include/*.h include/*/*/*))
+SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
+CPP_FILES := $(filter-out %.md,$(shell find csrc tests/cpp tests/cuda_on_cpu -type f \
+  -not -name '*.py' -not -name '*.pyc'))
+# Tests on all cores, each file on one: some share an expensive start.
+PARALLEL := -n auto --dist loadfile
 BENCHMARKS := sparse dense small_tensors embedding_step embedding_options lazy clip
 
-.PHONY: all build demo test test-cpp bench wheel lint sanitize cuda-build cuda-on-cpu gpu-check clean
+.PHONY: all build demo test test-cpp check bench wheel lint sanitize cuda-build cuda-on-cpu \
+  cmake-build add-rule gpu-check clean
 all: build
 
 $(VENV)/.ready: requirements/test.txt
@@ -45,8 +54,11 @@ test-cpp: $(VENV)/.ready
 	$(BIN)/cmake --build build/cpp
 	$(BIN)/ctest --test-dir build/cpp --output-on-failure
 
-test: build test-cpp cuda-on-cpu
-	TIGER_EXT_REQUIRE_NATIVE=1 $(BIN)/python -m pytest tests
+# The C++ tests first: pytest's closing line is the verdict's summary.
+test: build test-cpp
+	TIGER_EXT_REQUIRE_NATIVE=1 $(BIN)/python -m pytest $(PARALLEL) tests
+
+check: lint cuda-build cuda-on-cpu cmake-build add-rule
 
 $(VENV)/.bench: $(VENV)/.ready requirements/bench.txt
 	DS_BUILD_OPS=0 $(BIN)/pip install -q -r requirements/bench.txt
@@ -83,7 +95,7 @@ sanitize: $(VENV)/.ready
 	rm -rf build/sanitize
 	TIGER_EXT_SANITIZE=address,undefined $(BIN)/python setup.py -q build \
 	  --build-lib build/sanitize/lib --build-temp build/sanitize/temp
-	cd build/sanitize/lib && $(SANITIZED) $(CURDIR)/$(BIN)/python $(PYTEST) \
+	cd build/sanitize/lib && $(SANITIZED) $(CURDIR)/$(BIN)/python $(PYTEST) $(PARALLEL) \
 	  $(CURDIR)/tests/test_rows.py $(CURDIR)/tests/test_dense.py
 
 # Every CUDA kernel, compiled by the host compiler and run by the emulator in tests/cuda_on_cpu.
@@ -99,11 +111,11 @@ cuda-on-cpu: $(VENV)/.ready
 	build/cuda-on-cpu/selftest
 	TIGER_EXT_SANITIZE=address,undefined $(BIN)/python tests/cuda_on_cpu/setup.py -q build \
 	  --build-lib build/cuda-on-cpu/lib --build-temp build/cuda-on-cpu/temp
-	cd build/cuda-on-cpu/lib && TIGER_EXT_CUDA_ON_CPU=1 $(SANITIZED) $(CURDIR)/$(BIN)/python $(PYTEST) \
+	cd build/cuda-on-cpu/lib && TIGER_EXT_CUDA_ON_CPU=1 $(SANITIZED) $(CURDIR)/$(BIN)/python $(PYTEST) $(PARALLEL) \
 	  $(CURDIR)/tests/cuda_on_cpu $(EMULATED:%=$(CURDIR)/tests/%.py)
-	cd build/cuda-on-cpu/lib && TIGER_EXT_CUDA_ON_CPU=1 $(SANITIZED) $(CURDIR)/$(BIN)/python $(PYTEST) \
+	cd build/cuda-on-cpu/lib && TIGER_EXT_CUDA_ON_CPU=1 $(SANITIZED) $(CURDIR)/$(BIN)/python $(PYTEST) $(PARALLEL) \
 	  $(EMULATED_NATIVE:%=$(CURDIR)/tests/%.py) -k "not reference and not memory"
-	cd build/cuda-on-cpu/lib && TIGER_EXT_CUDA_ON_CPU=1 $(SANITIZED) $(CURDIR)/$(BIN)/python $(PYTEST) \
+	cd build/cuda-on-cpu/lib && TIGER_EXT_CUDA_ON_CPU=1 $(SANITIZED) $(CURDIR)/$(BIN)/python $(PYTEST) $(PARALLEL) \
 	  $(EMULATED_LAZY:%=$(CURDIR)/tests/%.py) \
 	  -k "not reference and not False and not fresh_process and not spawned"
 
@@ -120,13 +132,22 @@ cuda-build: $(CUDA_VENV)/.ready
 	  $(CUDA_VENV)/bin/python setup.py build \
 	  --build-lib build/cuda/lib --build-temp build/cuda/temp > build/cuda/build.log 2>&1 \
 	  || { cat build/cuda/build.log; exit 1; }
-	for file in csrc/*_cuda.cu; do $(CUDA_HOME)/bin/nvcc --ptx -arch=compute_90 -O3 -std=c++20 \
-	  -fmad=false $$file -o build/cuda/$$(basename $$file .cu).ptx || exit 1; done
+	for file in csrc/cuda/*.cu; do $(CUDA_HOME)/bin/nvcc --ptx -arch=compute_90 -O3 -std=c++20 \
+	  -fmad=false -Icsrc $$file -o build/cuda/$$(basename $$file .cu).ptx || exit 1; done
 	$(CUDA_VENV)/bin/python tests/kernel_resources.py build/cuda/build.log build/cuda/*.ptx
 	cd build/cuda/run && PYTHONPATH=../lib TIGER_EXT_REQUIRE_NATIVE=1 \
 	  ../../../$(CUDA_VENV)/bin/python -m tiger_ext
 	cd build/cuda/run && PYTHONPATH=$(CURDIR)/build/cuda/lib TIGER_EXT_REQUIRE_NATIVE=1 \
-	  $(CURDIR)/$(CUDA_VENV)/bin/python $(PYTEST) $(CURDIR)/tests
+	  $(CURDIR)/$(CUDA_VENV)/bin/python $(PYTEST) $(PARALLEL) $(CURDIR)/tests
+
+cmake-build: $(VENV)/.ready $(CUDA_VENV)/.ready
+	for venv in $(VENV) $(CUDA_VENV); do $(BIN)/cmake -S . -B build/cmake$$venv -G Ninja \
+	  -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DTIGER_EXT_TORCH=ON \
+	  -DPython_EXECUTABLE=$(CURDIR)/$$venv/bin/python -DCMAKE_CUDA_COMPILER=$(CUDA_HOME)/bin/nvcc \
+	  -DCMAKE_CUDA_ARCHITECTURES=90 || exit 1; \
+	  $(BIN)/cmake --build build/cmake$$venv --target _C -j $(MAX_JOBS) || exit 1; done
+
+add-rule: $(VENV)/.ready
 
 # Uses the Python at hand, with its torch, and no network.
 gpu-check:

@@ -52,9 +52,21 @@ compiler = os.environ.get("CXX", "c++").split()[0]
 if "sdist" not in sys.argv and "egg_info" not in sys.argv and shutil.which(compiler) is None:
     sys.exit(f"tiger_ext needs a C++20 compiler, but {compiler!r} was not found (set CXX)")
 
+
+def sources():
+    """Return the files to compile: csrc/cuda only with CUDA."""
+    files = (p.relative_to(ROOT) for p in (ROOT / "csrc").rglob("*.c*"))
+    return sorted(
+        str(p) for p in files if p.suffix in (".cpp", ".cu") and (cuda or "cuda" not in p.parts)
+    )
+
+
 version = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.M).group(1)
 sanitize = os.environ.get("TIGER_EXT_SANITIZE")  # for example "address,undefined"
+debug = os.environ.get("TIGER_EXT_DEBUG") == "1"  # keeps debug symbols, ten times the size
 flags = [
+    # Python's own flags ask for debug symbols.
+    "-g" if debug else "-g0",
     "-O3",
     "-std=c++20",
     "-fopenmp",
@@ -84,11 +96,8 @@ setup(
     ext_modules=[
         (CUDAExtension if cuda else CppExtension)(
             "tiger_ext._C",
-            sorted(
-                str(path.relative_to(ROOT))
-                for path in (ROOT / "csrc").glob("*.c*")
-                if path.suffix in (".cpp", ".cu") and (cuda or not path.stem.endswith("_cuda"))
-            ),
+            sources(),
+            include_dirs=[str(ROOT / "csrc")],
             extra_compile_args={"cxx": flags, "nvcc": nvcc_flags},
             extra_link_args=["-fopenmp"] + ([f"-fsanitize={sanitize}"] if sanitize else []),
             define_macros=[

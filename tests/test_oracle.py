@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tests' own oracle accepts the rules and notices the mistakes that shipped elsewhere."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -107,7 +109,13 @@ def test_notices_a_wrong_rule(monkeypatch, mistake, grad):
         return g
 
     steps(RULES[1], [zero_row, zero_row])
-    monkeypatch.setattr(reference, "sign_momentum", mistake)
+
+    def wrong(p, g, moments, use):
+        betas = dict(beta1=use.betas[0], beta2=use.betas[-1])
+        new, m = mistake(p, g, moments[0], lr=use.lr, weight_decay=use.weight_decay, **betas)
+        return new, [m]
+
+    monkeypatch.setattr(reference, "sign_momentum", wrong)
     with pytest.raises(AssertionError, match="out of band"):
         steps(RULES[1], [zero_row, zero_row])
 
@@ -137,16 +145,14 @@ def test_notices_a_wrong_road(monkeypatch, what):
 def test_notices_a_wrong_adamw(monkeypatch, mistake):
     original = reference.adamw
 
-    def wrong(p, g, m, v, step, *, lr, beta1, beta2, eps, weight_decay, **_):
+    def wrong(p, g, moments, use):
         if mistake == "no correction":
-            step = 10**6
+            use = replace(use, step=10**6)
         elif mistake == "float step":
-            step = step + 1
+            use = replace(use, step=use.step + 1)
         else:
-            g, eps = g, eps * 1e4
-        return original(
-            p, g, m, v, step, lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay
-        )
+            use = replace(use, eps=use.eps * 1e4)
+        return original(p, g, moments, use)
 
     monkeypatch.setattr(reference, "adamw", wrong)
     with pytest.raises(AssertionError, match="out of band"):

@@ -1,4 +1,3 @@
-from enum import Enum
 from typing import Any
 
 import torch
@@ -9,12 +8,6 @@ class UpdateError(Exception):
 
     args: "index", "nonfinite", "value" or "runtime"; group; position; text.
     """
-
-class RuleKind(Enum):
-    SIGN_MOMENTUM = ...
-    ADAMW = ...
-    ADAMW_WITHOUT_MOMENT1 = ...
-    MOMENTUM = ...
 
 Setting = tuple[int, float, float, float, float]
 
@@ -44,28 +37,21 @@ class History:
         """Wait for a device and return its steps and settings."""
 
 class Rule:
-    """A group's options but the learning rate, for one step."""
+    """A group's options but the learning rate, for one step.
+
+    family: of which the form is taken that fits the options. group: options that are not there keep
+    their defaults. window, micro_steps: of an accumulation window, 0 and 1 without. adds: whether
+    there are gradients.
+    """
 
     def __init__(
         self,
-        kind: RuleKind,
-        beta1: float,
-        beta2: float,
-        eps: float,
-        weight_decay: float,
-        maximize: bool,
-        rows: str | None,
-        nonfinite: str,
-        shrink_ratio: float,
-        shrink_to: float,
-        scale: str | None,
-        rms_floor: float,
-        direction: str,
+        family: str,
+        group: dict[str, Any],
         direction_scale: float,
         window: int,
         micro_steps: int,
         adds: bool,
-        lazy: str,
         /,
     ) -> None: ...
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -31,3 +32,15 @@ except ImportError as error:
         RuntimeWarning,
         stacklevel=3,
     )
+
+
+def translated(error: Exception, name: Callable[[int, int], str]) -> Exception:
+    """Return the exception that users see in place of a compiled ``UpdateError``.
+
+    Args:
+        error: the compiled module's.
+        name: what to call the parameter, given its group's index and its position.
+    """
+    kind, group, position, message = error.args
+    kinds = {"index": IndexError, "nonfinite": FloatingPointError, "value": ValueError}
+    return kinds.get(kind, RuntimeError)(f"{name(group, position)}: {message}")

@@ -7,7 +7,7 @@ stays. Steps ``i`` in a row are therefore ``p <- A p - B sign(m)`` and ``m <- P 
     A = prod (1 - lr_i wd_i)    B = sum lr_i prod_{j > i} (1 - lr_j wd_j)    P = prod beta_i
 
 This module has the definition, which walks over the stretches of equal hyperparameters; the kernels
-get A, B and P from sums kept since the first step (csrc/history.h).
+get A, B and P from sums kept since the first step (csrc/rules/history.h).
 """
 
 from __future__ import annotations

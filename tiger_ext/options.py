@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The algorithms, their options, and what each option may be.
 
-One table per algorithm gives the defaults; one table of checks says what is legal. Constructors,
-``add_param_group`` and error messages all read these tables.
+One row of ``ALGORITHMS`` says all of an algorithm that is no mathematics; one table of checks says
+what is legal. Constructors, ``add_param_group``, state and error messages all read these tables.
 """
 
 from __future__ import annotations
@@ -36,41 +36,100 @@ _SIGN: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Algorithm:
-    """An update rule and the options that its parameter groups have, with their defaults.
+class Moment:
+    """A state tensor of the parameter's shape.
 
-    ``beta_count`` is the length of ``betas``.
+    Attributes:
+        name: its key in the parameter's state.
+        beta: which of ``betas`` it decays by.
+        optional: whether it is not stored where that beta is 0.
+        wide: whether it is stored in the parameter's dtype at least; ``1 - beta`` is too small a
+            step for a narrower type.
     """
 
     name: str
-    beta_count: int
-    defaults: Mapping[str, Any]
+    beta: int
+    optional: bool = False
+    wide: bool = False
 
+
+@dataclass(frozen=True)
+class Algorithm:
+    """An update rule and the options that its parameter groups have, with their defaults.
+
+    Attributes:
+        name: what a group's ``algorithm`` calls it.
+        family: what the compiled module calls it (csrc/rules/rule_list.h).
+        update: the function of ``tiger_ext.reference`` that defines it.
+        beta_count: the length of ``betas``.
+        moments: its state tensors, in the order of the compiled rule's.
+        defaults: its options.
+        counts_steps: whether the state has a counter ``step`` for each parameter.
+        closed_form: whether skipped steps are sign steps, which ``lazy="exact"`` makes up for.
+    """
+
+    name: str
+    family: str
+    update: str
+    beta_count: int
+    moments: tuple[Moment, ...]
+    defaults: Mapping[str, Any]
+    counts_steps: bool = False
+    closed_form: bool = False
+
+
+_MOMENTUM: dict[str, Any] = dict(
+    family="sign_momentum",
+    update="sign_momentum",
+    moments=(Moment("exp_avg", -1),),
+    closed_form=True,
+)
 
 ALGORITHMS: dict[str, Algorithm] = {
-    "tiger": Algorithm(
-        "tiger",
-        1,
-        {
-            "lr": 1e-3,
-            "betas": (0.965,),
-            "weight_decay": 0.01,
-            "accumulation_steps": 1,
-            **_SIGN,
-            **_SHARED,
-        },
-    ),
-    "lion": Algorithm(
-        "lion",
-        2,
-        {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.0, **_SIGN, **_SHARED},
-    ),
-    "adamw": Algorithm(
-        "adamw",
-        2,
-        {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, **_SHARED},
-    ),
+    row.name: row
+    for row in (
+        Algorithm(
+            "tiger",
+            beta_count=1,
+            defaults={
+                "lr": 1e-3,
+                "betas": (0.965,),
+                "weight_decay": 0.01,
+                "accumulation_steps": 1,
+                **_SIGN,
+                **_SHARED,
+            },
+            **_MOMENTUM,
+        ),
+        Algorithm(
+            "lion",
+            beta_count=2,
+            defaults={"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.0, **_SIGN, **_SHARED},
+            **_MOMENTUM,
+        ),
+        Algorithm(
+            "adamw",
+            family="adamw",
+            update="adamw",
+            beta_count=2,
+            moments=(
+                Moment("exp_avg", 0, optional=True),
+                Moment("exp_avg_sq", -1, wide=True),
+            ),
+            defaults={
+                "lr": 1e-3,
+                "betas": (0.9, 0.999),
+                "eps": 1e-8,
+                "weight_decay": 0.0,
+                **_SHARED,
+            },
+            counts_steps=True,
+        ),
+    )
 }
+
+# The names of all state tensors of a parameter's shape.
+MOMENTS = tuple(dict.fromkeys(m.name for row in ALGORITHMS.values() for m in row.moments))
 
 # What kappa is when `direction_scale` is None.
 DIRECTION_SCALES = {"sign": 1.0, "clip": 1e4, "power": 0.5, "atan": 1e4}
@@ -207,10 +266,10 @@ def check_lazy(group: Mapping[str, Any]) -> None:
     if lazy == "frozen":
         return
     if lazy == "exact":
-        if group["algorithm"] == "adamw":
+        if not algorithm_of(group["algorithm"]).closed_form:
             raise ValueError(
-                "lazy='exact': adamw has no closed form of skipped steps; expected 'frozen' or "
-                "'decay'"
+                f"lazy='exact': {group['algorithm']} has no closed form of skipped steps; expected "
+                "'frozen' or 'decay'"
             )
         if group["direction"] != "sign":
             raise ValueError(f"lazy='exact' needs direction='sign', got {group['direction']!r}")
@@ -231,6 +290,21 @@ def algorithm_of(name: Any) -> Algorithm:
     if not isinstance(name, str) or name not in ALGORITHMS:
         raise ValueError(f"algorithm={name!r}: expected one of {', '.join(map(repr, ALGORITHMS))}")
     return ALGORITHMS[name]
+
+
+def moments_of(group: Mapping[str, Any]) -> tuple[Moment, ...]:
+    """Return the state tensors that the parameters of a group have."""
+    moments = algorithm_of(group["algorithm"]).moments
+    betas = group["betas"]
+    return tuple(m for m in moments if not (m.optional and betas[m.beta] == 0))
+
+
+def direction_scale(group: Mapping[str, Any]) -> float:
+    """Return the group's kappa; 1 where its algorithm has no direction."""
+    if "direction" not in group:
+        return 1.0
+    scale: float | None = group["direction_scale"]
+    return DIRECTION_SCALES[group["direction"]] if scale is None else scale
 
 
 def complete_group(

@@ -3,7 +3,7 @@
 
 This is the definition that the native kernels are tested against, and what runs where no native
 kernel exists or ``fused=False`` asks for it. Written to be read: one statement per line of the
-mathematics. All functions update their tensors in place.
+mathematics. No function writes into its arguments.
 
 Arithmetic is float32, or float64 for float64 parameters, whatever the tensors store.
 """
@@ -11,6 +11,7 @@ Arithmetic is float32, or float64 for float64 parameters, whatever the tensors s
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -61,35 +62,64 @@ def relative_rate(param: Tensor, d: Tensor, *, floor: float, pure_sign: bool) ->
     return size / torch.where(norm == 0, 1.0, norm)
 
 
+@dataclass(frozen=True)
+class Use:
+    """What a rule is used with in one step.
+
+    Attributes:
+        lr: learning rate, a number or one element.
+        betas: as the group has them.
+        weight_decay: decoupled.
+        eps: AdamW's.
+        step: the number of this step, where the rule counts them, from 1.
+        direction, direction_scale: see ``direction``.
+        rms_floor: with one, the learning rate is relative, per unit.
+        decays: in an accumulation window: bool ``[units]``, whether a unit's moments decay, which
+            they do once in a window.
+        micro_steps: the gradient counts for one of so many.
+    """
+
+    lr: float | Tensor
+    betas: tuple[float, ...]
+    weight_decay: float
+    eps: float = 0.0
+    step: int = 0
+    direction: str = "sign"
+    direction_scale: float = 1.0
+    rms_floor: float | None = None
+    decays: Tensor | None = None
+    micro_steps: int = 1
+
+
 def sign_momentum(
-    param: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    *,
-    lr: float | Tensor,
-    beta1: float | Tensor,
-    beta2: float | Tensor,
-    weight1: float,
-    weight2: float,
-    weight_decay: float,
-    kind: str = "sign",
-    kappa: float = 1.0,
-    rms_floor: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return the new (param, exp_avg) of Lion; with ``beta1 == beta2``, of Tiger.
+    param: Tensor, grad: Tensor, moments: list[Tensor | None], use: Use
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Return the new (param, [exp_avg]) of Lion; with one beta, of Tiger.
 
     Lion: Chen et al. 2023, arXiv 2302.06675. Tiger: Su 2023, kexue.fm/archives/9512. All tensors
-    have one shape ``[units, ...]`` and the arithmetic dtype. ``weight1`` and ``weight2`` are what
-    the gradient counts beside ``beta1`` and ``beta2``: ``1 - beta``, or less in a micro-step. With
-    a ``rms_floor`` the learning rate is relative, per unit.
+    have one shape ``[units, ...]`` and the arithmetic dtype.
     """
+    (exp_avg,) = moments
+    assert exp_avg is not None
+    beta1, beta2 = (_in_window(beta, param, use) for beta in (use.betas[0], use.betas[-1]))
+    weight1, weight2 = ((1 - beta) / use.micro_steps for beta in (use.betas[0], use.betas[-1]))
+    lr = use.lr
     c = beta1 * exp_avg + weight1 * grad
-    d = direction(c, kind, kappa)
-    if rms_floor is not None:
-        lr = lr * relative_rate(param, d, floor=rms_floor, pure_sign=kind == "sign")
-    param = (1 - lr * weight_decay) * param - lr * d
+    d = direction(c, use.direction, use.direction_scale)
+    if use.rms_floor is not None:
+        pure_sign = use.direction == "sign"
+        lr = lr * relative_rate(param, d, floor=use.rms_floor, pure_sign=pure_sign)
+    param = (1 - lr * use.weight_decay) * param - lr * d
     exp_avg = beta2 * exp_avg + weight2 * grad
-    return param, exp_avg
+    return param, [exp_avg]
+
+
+def _in_window(beta: float, param: Tensor, use: Use) -> float | Tensor:
+    """Return what the momentum of each unit decays by."""
+    if use.decays is None:
+        return beta
+    each = use.decays.reshape(-1, *[1] * (param.dim() - 1))
+    return torch.ones_like(each, dtype=param.dtype).masked_fill(each, beta)
 
 
 def catch_up(
@@ -134,32 +164,25 @@ def shrink(param: Tensor, *, ratio: float, to: float) -> Tensor:
 
 
 def adamw(
-    param: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor | None,
-    exp_avg_sq: Tensor,
-    step: int | Tensor,
-    *,
-    lr: float | Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return the new (param, exp_avg, exp_avg_sq) of AdamW at step number ``step``.
+    param: Tensor, grad: Tensor, moments: list[Tensor | None], use: Use
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Return the new (param, [exp_avg, exp_avg_sq]) of AdamW.
 
-    Loshchilov & Hutter 2019, arXiv 1711.05101. ``exp_avg`` is None when ``beta1`` is 0. All tensors
-    have one shape and the arithmetic dtype.
+    Loshchilov & Hutter 2019, arXiv 1711.05101. ``exp_avg`` is None when the first beta is 0. All
+    tensors have one shape and the arithmetic dtype.
     """
+    exp_avg, exp_avg_sq = moments
+    assert exp_avg_sq is not None
+    beta1, beta2 = use.betas
     if exp_avg is None:
         m = grad
     else:
         m = exp_avg = beta1 * exp_avg + (1 - beta1) * grad
     exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * grad * grad
-    m_hat = m / (1 - beta1**step)
-    v_hat = exp_avg_sq / (1 - beta2**step)
-    param = (1 - lr * weight_decay) * param - lr * m_hat / (v_hat.sqrt() + eps)
-    return param, exp_avg, exp_avg_sq
+    m_hat = m / (1 - beta1**use.step)
+    v_hat = exp_avg_sq / (1 - beta2**use.step)
+    param = (1 - use.lr * use.weight_decay) * param - use.lr * m_hat / (v_hat.sqrt() + use.eps)
+    return param, [exp_avg, exp_avg_sq]
 
 
 def sum_duplicates(

@@ -21,7 +21,9 @@ from oracle import bits
 from torch import Tensor
 from torch.nn import Parameter
 
-from tiger_ext import _native, optimizer
+from tiger_ext import _native
+from tiger_ext.group_step import GroupStep
+from tiger_ext.step import Pass, Step
 
 CPU = torch.device("cpu")
 #: Where the CUDA kernels find their tensors.
@@ -338,21 +340,19 @@ def device_step(
         opt.step()
         del opt.grad_scale, opt.found_inf
         return
-    native = _native.C.Step(opt._faults(), grad_scale, found_inf)
-    this = optimizer._Pass(native, [], [])
-    with mock.patch.object(optimizer, "_learning_rate", lambda group: group["lr"]):
-        lazy = [(i, g) for i, g in enumerate(opt.param_groups) if optimizer._is_lazy(g)]
-        opt._place_histories(lazy)
-        for index, group in enumerate(opt.param_groups):
-            part = optimizer._Part()
-            rows = opt._masks(index, group)
-            assert opt._add_to_native(this, index, group, part, rows, []) == []
-        native.prepare()
-        assert this.cancelled(found_inf) is (False if found_inf is None else None)
-        opt._prepare_advance(lazy, native)
-        this.apply(grad_scale)
-        opt._advance_histories(lazy, native, found_inf)
-        opt._note_current_tables(certain=found_inf is None)
+    with (
+        mock.patch.object(GroupStep, "lr", property(lambda group: group.options["lr"])),
+        mock.patch.object(Step, "_host_reads_found_inf", lambda step: False),
+        mock.patch.object(Pass, "cancelled", device_cancels),
+    ):
+        opt._step_with(grad_scale, found_inf)
+
+
+def device_cancels(this: Pass, found_inf: Tensor | None) -> bool | None:
+    """Check that the host does not know whether a step with ``found_inf`` happens."""
+    assert this.on_reference == []
+    assert this.native.cancelled() is None
+    return None
 
 
 @contextmanager

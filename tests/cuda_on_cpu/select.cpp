@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Lets the emulated CUDA kernels take the place of the CPU's in this test build of the module.
-#include "step.h"
+#include "step/step.h"
 
 extern "C" __attribute__((visibility("default"))) void cuda_on_cpu_select(int emulated) {
   using namespace tiger_ext;

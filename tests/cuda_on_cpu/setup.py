@@ -2,7 +2,7 @@
 """Builds tiger_ext._C with the CUDA kernels compiled by the host compiler, for tests only.
 
 Run by `make cuda-on-cpu` from the project's root. Everything in csrc is compiled, the .cu files
-through the kernels_*.cpp beside this file, and linked with the emulator.
+through the files in cuda/ beside this one, and linked with the emulator.
 """
 
 import os
@@ -49,7 +49,7 @@ setup(
             "tiger_ext._C",
             sorted(
                 os.path.relpath(path, ROOT)
-                for path in [*(ROOT / "csrc").glob("*.cpp"), *HERE.glob("*.cpp")]
+                for path in [*(ROOT / "csrc").rglob("*.cpp"), *HERE.rglob("*.cpp")]
                 if path.name != "selftest.cpp"
             ),
             include_dirs=[str(HERE / "include"), str(ROOT / "csrc")],

@@ -1,0 +1,403 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The eager road into a step. Walks a group's parameters, their gradients and their state in C++:
+// for thousands of small tensors the loop in Python, and the boxing of its lists, cost several
+// times the arithmetic. Nothing is cached between steps, so tensors may be replaced at any time.
+#include "bindings/eager.h"
+
+#include <ATen/Functions.h>
+#include <ATen/SparseTensorImpl.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <pybind11/stl.h>
+
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "step/checks.h"
+#include "step/group_history.h"
+#include "step/step.h"
+
+namespace py = pybind11;
+
+namespace tiger_ext {
+namespace {
+
+// Whether the tensor's memory holds its elements as they are.
+bool plain(const at::Tensor& t) {
+  const auto* impl = t.unsafeGetTensorImpl();
+  return !impl->is_python_dispatch() && !t.is_neg() && !t._is_zerotensor() && !t.is_nested() &&
+         !t.is_quantized();
+}
+
+// Gradients that autograd keeps symbolic: zeros without memory, and negated views.
+at::Tensor materialized(const at::Tensor& grad) {
+  if (grad.layout() != at::kStrided) return grad;
+  if (grad._is_zerotensor()) return at::zeros(grad.sizes(), grad.options());
+  return grad.is_neg() ? grad.resolve_neg() : grad;
+}
+
+// Strings that are looked up in dicts; few, each from a literal: the addresses identify them.
+PyObject* interned(const char* name) {
+  static auto* names = new std::map<const char*, PyObject*>();
+  PyObject*& object = (*names)[name];
+  if (!object) object = PyUnicode_InternFromString(name);
+  return object;
+}
+
+// The options of a parameter group that its algorithm has; others keep their value.
+class Options {
+ public:
+  explicit Options(const py::dict& group) : group_(group.ptr()) {}
+
+  template <typename T>
+  void number(const char* name, T& value) const {
+    if (PyObject* found = find(name)) value = py::handle(found).cast<T>();
+  }
+  // One of `names`, which stand in the order of the enumeration; None is the first.
+  template <typename Enum, size_t kCount>
+  void choice(const char* name, const char* const (&names)[kCount], Enum& value) const {
+    PyObject* found = find(name);
+    if (!found || found == Py_None) return;
+    for (size_t k = 0; k < kCount; ++k)
+      if (PyUnicode_Check(found) && PyUnicode_CompareWithASCIIString(found, names[k]) == 0) {
+        value = static_cast<Enum>(k);
+        return;
+      }
+    throw py::value_error(std::string(name) + "=" + py::repr(found).cast<std::string>() +
+                          " is unknown");
+  }
+  PyObject* find(const char* name) const {
+    PyObject* found = PyDict_GetItemWithError(group_, interned(name));
+    if (!found && PyErr_Occurred()) throw py::error_already_set();
+    return found;
+  }
+
+ private:
+  PyObject* group_;
+};
+
+// A group's options for one step, but for the learning rate, by the rule of `family` that fits.
+RuleParams make_rule(const std::string& family, const py::dict& group, double direction_scale,
+                     int32_t window, int64_t micro_steps, bool adds) {
+  const Options options(group);
+  RuleParams r;
+  const py::sequence betas = py::reinterpret_borrow<py::sequence>(options.find("betas"));
+  r.beta1 = betas[0].cast<double>();
+  r.beta2 = betas[betas.size() - 1].cast<double>();
+  options.number("eps", r.eps);
+  options.number("weight_decay", r.weight_decay);
+  bool maximize = false;
+  options.number("maximize", maximize);
+  r.grad_factor = maximize ? -1.0 : 1.0;
+  options.choice("rows", {"all", "nonzero", "tracked"}, r.touched);
+  options.choice("nonfinite", {"propagate", "skip", "shrink", "raise"}, r.nonfinite);
+  options.number("shrink_ratio", r.shrink_ratio);
+  options.number("shrink_to", r.shrink_to);
+  options.choice("scale", {"none", "rms", "rms_rows"}, r.scale);
+  options.number("rms_floor", r.rms_floor);
+  options.choice("direction", {"sign", "clip", "power", "atan"}, r.direction);
+  r.direction_scale = direction_scale;
+  r.window = window;
+  r.micro_steps = static_cast<double>(micro_steps);
+  r.adds = adds;
+  r.decays = adds;
+  r.moves = window == 0 || !adds;
+  options.choice("lazy", {"frozen", "decay", "exact"}, r.lazy);
+  r.kind = kind_for(family, r);
+  if (static_cast<int>(r.kind) == kRuleCount)
+    throw py::value_error("there is no rule '" + family + "'");
+  return r;
+}
+
+// Brings a table's rows up to date: those of `ids`, or rows [begin, end). Returns false if there is
+// no kernel for the parameter.
+bool catch_up(const at::Tensor& param, const std::vector<at::Tensor>& states,
+              const at::Tensor& last_step, const RuleParams& rule, GroupHistory& history,
+              const std::optional<at::Tensor>& ids, int64_t begin, int64_t end) {
+  const CatchUpFunction function = catch_up_function(param.device().type());
+  if (!function || !history.has(param.device()) || !plain(param) ||
+      param.layout() != at::kStrided || !is_storage_type(param.scalar_type()))
+    return false;
+  const RuleInfo& names = rule_info(rule.kind);
+  if (states.size() != static_cast<size_t>(names.states))
+    throw py::value_error("catch_up: expected " + std::to_string(names.states) + " states");
+  Update u;
+  u.param = param;
+  u.last_step = last_step;
+  u.rule = rule;
+  history.use(u.rule, param.device());
+  for (int k = 0; k < names.states; ++k) u.states[k] = states[k];
+  py::gil_scoped_release release;
+  function(u, ids ? *ids : at::Tensor(), begin, end);
+  return true;
+}
+
+class Step {
+ public:
+  // `faults` must outlive the step.
+  Step(Faults& faults, const py::object& grad_scale, const py::object& found_inf) {
+    faults.raise();
+    context_.faults = &faults;
+    if (!grad_scale.is_none()) context_.grad_scale = tensor(grad_scale);
+    if (!found_inf.is_none()) context_.found_inf = tensor(found_inf);
+  }
+
+  // Adds the parameters of one group that have a gradient or, where the rule adds none, a window;
+  // of all, or of those at `positions`. `rows` has, by parameter, the mask of its touched rows, or
+  // the list of those of its window. `history` is that of a group in a lazy mode. Returns
+  // (without_state, not_native, lagging): positions of parameters that were not added because their
+  // state, or the history where they are, must be created first, or because no native kernel can
+  // update them; and of those that were, but have rows that must catch up before `apply`.
+  py::tuple add_group(const py::list& params, const py::dict& state, int group,
+                      const RuleParams& group_rule, const py::object& lr, const py::dict& rows,
+                      const std::shared_ptr<GroupHistory>& history,
+                      const std::optional<std::vector<int64_t>>& positions) {
+    const RuleInfo& names = rule_info(group_rule.kind);
+    PyObject* keys[kMaxStates] = {};
+    for (int k = 0; k < names.states; ++k) keys[k] = interned(names.state_names[k]);
+    PyObject* const step_key = interned("step");
+    PyObject* const window_key = interned("window");
+    PyObject* const last_step_key = interned("last_step");
+    py::list without_state, not_native, lagging;
+    Update u;
+    RuleParams rule = group_rule;
+    if (THPVariable_Check(lr.ptr())) u.lr = tensor(lr);
+    else rule.lr = lr.cast<double>();
+    u.group = group;
+    if (history) histories_.push_back(history);
+
+    const int64_t count =
+        positions ? static_cast<int64_t>(positions->size()) : PyList_GET_SIZE(params.ptr());
+    for (int64_t n = 0; n < count; ++n) {
+      const int64_t i = positions ? (*positions)[n] : n;
+      PyObject* object = PyList_GET_ITEM(params.ptr(), i);
+      u.param = tensor(object);
+      if (rule.adds) {
+        if (!u.param.unsafeGetTensorImpl()->grad().defined()) continue;
+        u.grad = materialized(u.param.unsafeGetTensorImpl()->grad());
+      }
+      DeviceStep* device = device_step(u.param.device().type());
+      const bool sparse = rule.adds && u.grad.layout() == at::kSparse;
+      if (!device || !plain(u.param) || u.param.layout() != at::kStrided ||
+          !is_storage_type(u.param.scalar_type()) ||
+          (rule.adds && (!plain(u.grad) || !(sparse || u.grad.layout() == at::kStrided)))) {
+        not_native.append(i);
+        continue;
+      }
+
+      u.position = static_cast<int>(i);
+      PyObject* own = PyDict_GetItemWithError(state.ptr(), object);
+      bool complete = own && PyDict_Check(own);
+      for (int k = 0; k < names.states && complete; ++k) complete = read(own, keys[k], u.states[k]);
+      if (names.counts_steps && complete) complete = read(own, step_key, u.step);
+      if (rule.window && complete) complete = read(own, window_key, u.window);
+      const bool lazy = rule.lazy != Lazy::kFrozen;
+      if (lazy && complete)
+        complete = read(own, last_step_key, u.last_step) && history->has(u.param.device());
+      if (PyErr_Occurred()) throw py::error_already_set();
+      if (!rule.adds && !complete) continue;
+      const bool by_rows = rule.touched != Touched::kAll && u.param.dim() >= 2;
+      if (rule.window && complete && rule.adds)
+        complete = sparse ? u.window.dim() == u.grad.sparse_dim()
+                          : u.window.dim() > 0 || !(by_rows || rule.scale == Scale::kRows) ||
+                                u.param.dim() == 0;
+      if (lazy && complete && rule.adds) {
+        const int64_t dims = u.last_step.dim();
+        complete = sparse ? dims == u.grad.sparse_dim()
+                   : u.window.defined() && u.window.dim() > 0
+                       ? dims == u.window.dim()
+                       : dims > 0 || !(by_rows || u.param.dim() >= 2);
+      }
+      if (!complete) {
+        without_state.append(i);
+        continue;
+      }
+
+      u.rule = rule;
+      if (lazy) history->use(u.rule, u.param.device());
+      if (!by_rows || sparse) u.rule.touched = Touched::kAll;
+      if (!rule.moves) u.rule.scale = Scale::kNone;
+      else if (rule.scale == Scale::kTensor &&
+               (sparse || by_rows || (u.window.defined() && u.window.dim() > 0)))
+        u.rule.scale = Scale::kRows;
+      if (sparse) {
+        if (u.grad.device() != u.param.device() || u.grad.sizes() != u.param.sizes())
+          refuse_shape(u, u.grad);
+        const auto* impl = static_cast<const at::SparseTensorImpl*>(u.grad.unsafeGetTensorImpl());
+        u.indices = impl->indices();
+        u.values = impl->values();
+        u.coalesced = impl->coalesced();
+        u.grad.reset();
+      } else if (PyObject* r =
+                     rows.empty() ? nullptr : PyDict_GetItemWithError(rows.ptr(), object)) {
+        const at::Tensor& t = tensor(r);
+        if (rule.adds) u.mask = t;
+        else if (t.size(0) > 0 && u.window.dim() > 0) u.indices = t;
+      }
+      if (lazy && rule.adds && !sparse && !goes_by_rows(u) && device->lags(u)) lagging.append(i);
+      device->add(u);
+      u.grad.reset();
+      u.indices.reset();
+      u.values.reset();
+      u.mask.reset();
+      u.coalesced = false;
+    }
+    return py::make_tuple(without_state, not_native, lagging);
+  }
+
+  void prepare() {
+    py::gil_scoped_release release;
+    for (const auto& [type, step] : devices_) step->prepare();
+  }
+
+  // Nothing: only a device knows.
+  std::optional<bool> cancelled() const {
+    std::optional<bool> known;
+    for (const auto& [type, step] : devices_)
+      if (const std::optional<bool> found = step->cancelled()) known = found;
+    return known;
+  }
+
+  void apply() {
+    py::gil_scoped_release release;
+    for (const auto& [type, step] : devices_) step->apply();
+  }
+
+  // Steps of groups in a lazy mode: (history, group, lr, weight_decay, first beta, last beta).
+  using GroupStep =
+      std::tuple<std::shared_ptr<GroupHistory>, int, py::object, double, double, double>;
+
+  void will_advance(const std::vector<GroupStep>& groups, const std::vector<at::Tensor>& counters) {
+    struct Work {
+      std::vector<HistoryStep> steps;
+      std::vector<at::Tensor> counters;
+    };
+    std::map<DeviceStep*, Work> work;
+    for (const auto& [history, group, lr, weight_decay, beta1, beta2] : groups) {
+      HistoryStep step;
+      if (THPVariable_Check(lr.ptr())) step.lr = tensor(lr);
+      else step.setting.lr = lr.cast<double>();
+      step.setting.weight_decay = weight_decay;
+      step.setting.beta1 = beta1;
+      step.setting.beta2 = beta2;
+      step.place.group = group;
+      for (const auto& [device, copy] : history->copies()) {
+        step.copy = copy.get();
+        work[device_step(device.type())].steps.push_back(step);
+      }
+    }
+    for (const at::Tensor& counter : counters)
+      work[device_step(counter.device().type())].counters.push_back(counter);
+    py::gil_scoped_release release;
+    for (const auto& [device, w] : work) device->will_advance(w.steps, w.counters);
+  }
+
+  void advance() {
+    py::gil_scoped_release release;
+    for (const auto& [type, step] : devices_) step->advance();
+  }
+
+ private:
+  DeviceStep* device_step(c10::DeviceType type) {
+    if (auto it = devices_.find(type); it != devices_.end()) return it->second.get();
+    const DeviceStepFactory make = device_step_factory(type);
+    return make ? (devices_[type] = make(context_)).get() : nullptr;
+  }
+
+  static const at::Tensor& tensor(py::handle object) {
+    if (!THPVariable_Check(object.ptr()))
+      throw py::type_error("expected a tensor, got " + std::string(Py_TYPE(object.ptr())->tp_name));
+    return THPVariable_Unpack(object.ptr());
+  }
+
+  static bool read(PyObject* dict, PyObject* key, at::Tensor& out) {
+    PyObject* value = PyDict_GetItemWithError(dict, key);
+    if (!value || !THPVariable_Check(value)) return false;
+    out = THPVariable_Unpack(value);
+    return true;
+  }
+
+  static void refuse_shape(const Update& u, const at::Tensor& grad) {
+    refuse(u, "the gradient has shape ", grad.sizes(), " on device ", grad.device(),
+           ", the parameter has shape ", u.param.sizes(), " on device ", u.param.device());
+  }
+
+  StepContext context_;
+  std::vector<std::shared_ptr<GroupHistory>> histories_;  // which rules point into
+  std::map<c10::DeviceType, std::unique_ptr<DeviceStep>> devices_;
+};
+
+}  // namespace
+
+void bind_eager(py::module_& m) {
+  // Arguments: kind of error, group, position, message. tiger_ext.optimizer adds the name.
+  static auto* update_error = new py::object(py::reinterpret_steal<py::object>(
+      PyErr_NewException("tiger_ext._C.UpdateError", nullptr, nullptr)));
+  m.attr("UpdateError") = *update_error;
+  py::register_exception_translator([](std::exception_ptr p) {
+    try {
+      if (p) std::rethrow_exception(p);
+    } catch (const UpdateError& e) {
+      const char* kind = e.kind == UpdateError::Kind::kIndex       ? "index"
+                         : e.kind == UpdateError::Kind::kNonfinite ? "nonfinite"
+                         : e.kind == UpdateError::Kind::kValue     ? "value"
+                                                                   : "runtime";
+      PyErr_SetObject(update_error->ptr(),
+                      py::make_tuple(kind, e.place.group, e.place.position, e.what()).ptr());
+    }
+  });
+
+  using Setting = std::tuple<int64_t, double, double, double, double>;
+  const auto setting = [](const Setting& s) {
+    return HistorySetting{std::get<0>(s), std::get<1>(s), std::get<2>(s), std::get<3>(s),
+                          std::get<4>(s)};
+  };
+  py::class_<GroupHistory, std::shared_ptr<GroupHistory>>(m, "History")
+      .def(py::init<>())
+      .def("append", [=](GroupHistory& h, const Setting& s) { h.append(setting(s)); })
+      .def("bring_to", &GroupHistory::bring_to)
+      .def("has", &GroupHistory::has)
+      .def("place",
+           [=](GroupHistory& h, c10::Device device, int32_t steps,
+               const std::vector<Setting>& settings, bool many) {
+             HistoryNumbers numbers;
+             numbers.steps = steps;
+             for (const Setting& s : settings) numbers.settings.push_back(setting(s));
+             return h.place(device, numbers, many);
+           })
+      .def("reserve", &GroupHistory::reserve)
+      .def("has_copies", [](const GroupHistory& h) { return !h.copies().empty(); })
+      .def("steps",
+           [](const GroupHistory& h, const std::optional<c10::Device>& device) {
+             const auto copy = device ? h.copies().find(*device) : h.copies().begin();
+             return copy == h.copies().end() ? std::nullopt : std::optional(copy->second->steps());
+           })
+      .def("forget", &GroupHistory::forget)
+      .def("read", [](const GroupHistory& h) {
+        const HistoryNumbers numbers = h.copies().begin()->second->read();
+        std::vector<Setting> settings;
+        for (const HistorySetting& s : numbers.settings)
+          settings.emplace_back(s.first, s.lr, s.weight_decay, s.beta1, s.beta2);
+        return std::make_pair(numbers.steps, settings);
+      });
+  py::class_<RuleParams>(m, "Rule").def(py::init(&make_rule));
+  m.def("catch_up", &catch_up);
+
+  py::class_<Faults>(m, "Faults").def(py::init<>());
+  py::class_<Step>(m, "Step")
+      .def(py::init<Faults&, const py::object&, const py::object&>(), py::arg("faults"),
+           py::arg("grad_scale"), py::arg("found_inf"), py::keep_alive<1, 2>())
+      .def("add_group", &Step::add_group)
+      .def("prepare", &Step::prepare)
+      .def("cancelled", &Step::cancelled)
+      .def("apply", &Step::apply)
+      .def("will_advance", &Step::will_advance)
+      .def("advance", &Step::advance);
+}
+
+}  // namespace tiger_ext

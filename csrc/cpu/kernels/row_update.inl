@@ -1,0 +1,221 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Part of kernels.inl: the update of one row: catch-up with the steps it skipped, a look at it, the
+// rule.
+
+// What skipped steps do to a row, as constants: many rows of a step have skipped the same ones.
+// `from` and params.current are steps.
+template <typename T, typename Rule>
+class CatchUpTable {
+ public:
+  explicit CatchUpTable(const RowsItem& item) : params_(*item.rule.params), memory_(memory()) {
+    for (int k = 0; k < Rule::kStates; ++k) floors_[k] = smallest_kept<T>(item.states[k].storage);
+  }
+
+  CatchUp<T> operator()(int32_t from) const {
+    Entry& entry = memory_[static_cast<uint32_t>(from) % kEntries];
+    const uint64_t key = params_.history << 32 | static_cast<uint32_t>(from);
+    if (entry.key != key) fill(entry, key, from);
+    CatchUp<T> c = entry.catch_up;
+    for (int k = 0; k < Rule::kStates; ++k) c.floor[k] = c.factor[k] == T(0) ? T(0) : floors_[k];
+    return c;
+  }
+
+ private:
+  struct Entry {
+    uint64_t key = 0;
+    CatchUp<T> catch_up;  // but for the floors, which differ from item to item
+  };
+  static constexpr int kEntries = 1024;
+
+  static Entry* memory() {
+    static thread_local Entry entries[kEntries];
+    return entries;
+  }
+
+  __attribute__((noinline)) void fill(Entry& entry, uint64_t key, int32_t from) const {
+    const SkippedSteps skipped =
+        skipped_steps(params_.stretches, params_.stretch_count, from, params_.current);
+    entry.catch_up = catch_up_with<T, Rule::kStates>(missed(skipped, Rule::kStates == 2), floors_);
+    entry.key = key;
+  }
+
+  const RuleParams& params_;
+  Entry* const memory_;
+  T floors_[kMaxStates] = {};
+};
+
+// Updates one row at a time, after a look at it if its rule asks for one.
+template <typename T, typename Rule, bool kInPlace>
+class RowUpdate {
+ public:
+  explicit RowUpdate(const RowsItem& item)
+      : item_(item),
+        params_(*item.rule.params),
+        rule_(params_),
+        catch_up_(item),
+        careful_(params_.looks() || item.rule.window) {}
+
+  // grad_of(column, n) is block [column, column + n) of the row's summed gradient.
+  template <typename GradOf>
+  TIGER_EXT_INLINE void operator()(int64_t row, const GradOf& grad_of) const {
+    const Place at = place(row);
+    if (!careful_) return update_current(rule_, row, at, grad_of);
+    Rule own = rule_;
+    if (decide(own, row, at, grad_of)) update_current(own, row, at, grad_of);
+  }
+
+  // Only the catch-up. Returns whether there was one. Threads may share rows.
+  bool catch_up(int64_t row) const {
+    int32_t* const last = item_.rule.last_step + row;
+    const int32_t current = params_.current;
+    int32_t old = __atomic_load_n(last, __ATOMIC_RELAXED);
+    if (current_up_to(old) >= current) return false;
+    const int32_t now = old < 0 ? -1 - current : current;
+    if (!__atomic_compare_exchange_n(last, &old, now, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED))
+      return false;  // another thread does it
+    const CatchUp<T> missed = catch_up_(current_up_to(old));
+    update(NoUpdate<T, Rule::kStates>(), &missed, place(row),
+           [](int64_t, int64_t) { return zeros<T>(); });
+    return true;
+  }
+
+ private:
+  struct Place {  // where the row's vectors start
+    int64_t param;
+    int64_t states[kMaxStates];
+  };
+
+  Place place(int64_t row) const {
+    Place at;
+    at.param = item_.param_layout.offset(row);
+    for (int k = 0; k < Rule::kStates; ++k) at.states[k] = item_.state_layouts[k].offset(row);
+    return at;
+  }
+
+  // The update of a row, which first catches up with the steps it skipped.
+  template <typename GradOf>
+  TIGER_EXT_INLINE void update_current(const Rule& rule, int64_t row, const Place& at,
+                                       const GradOf& grad_of) const {
+    CatchUp<T> missed;
+    bool behind = false;
+    if (item_.rule.last_step) {
+      int32_t& last = item_.rule.last_step[row];
+      const int32_t from = current_up_to(last);
+      last = params_.updated();
+      behind = from < params_.current;
+      if (behind) missed = catch_up_(from);
+    }
+    update(rule, behind ? &missed : nullptr, at, grad_of);
+  }
+
+  // `missed`: null if the row is current.
+  template <typename AnyRule, typename GradOf>
+  TIGER_EXT_INLINE void update(const AnyRule& rule, const CatchUp<T>* missed, const Place& at,
+                               const GradOf& grad_of) const {
+    for (int64_t c = 0; c < item_.dim; c += kBlock) {
+      const int64_t n = item_.dim - c < kBlock ? item_.dim - c : kBlock;
+      const T* const grad = grad_of(c, n);
+      after(rule, missed, [&](const auto& whole) {
+        if constexpr (kInPlace) {
+          T* states[kMaxStates];
+          for (int k = 0; k < Rule::kStates; ++k)
+            states[k] = static_cast<T*>(item_.states[k].data) + at.states[k] + c;
+          apply(whole, grad, static_cast<T*>(item_.param.data) + at.param + c, states, n);
+        } else {
+          int64_t state_offsets[kMaxStates];
+          const int64_t* state_indices[kMaxStates];
+          for (int k = 0; k < Rule::kStates; ++k) {
+            state_offsets[k] = offset(item_.state_layouts[k], at.states[k], c);
+            state_indices[k] = index(item_.state_layouts[k], c);
+          }
+          apply_converted(whole, grad, item_.param, offset(item_.param_layout, at.param, c),
+                          index(item_.param_layout, c), item_.states, state_offsets, state_indices,
+                          n);
+        }
+      });
+    }
+  }
+
+  // f(the rule, after the catch-up if there is one).
+  template <typename AnyRule, typename F>
+  TIGER_EXT_INLINE void after(const AnyRule& rule, const CatchUp<T>* missed, const F& f) const {
+    if (!missed) return f(rule);
+    if constexpr (std::is_base_of_v<Momentum<T>, Rule>)
+      if (params_.lazy == Lazy::kExact) return f(AfterCatchUp<T, AnyRule, true>(rule, *missed));
+    f(AfterCatchUp<T, AnyRule, false>(rule, *missed));
+  }
+
+  // Whether the row is to be updated, and by which rule. Shrinks it if that is the verdict.
+  template <typename GradOf>
+  __attribute__((noinline)) bool decide(Rule& rule, int64_t row, const Place& at,
+                                        const GradOf& grad_of) const {
+    int32_t* const window = item_.rule.window ? item_.rule.window + row : nullptr;
+    if constexpr (std::is_base_of_v<Momentum<T>, Rule>) {
+      if (window) {
+        const bool in_window = *window == params_.window;
+        if (!in_window && !params_.adds) return false;
+        if (in_window) rule.stop_decay();
+      }
+    }
+    if (params_.looks()) {
+      const Facts facts = look(rule, at, grad_of);
+      const Verdict verdict = judge(params_, facts);
+      if (verdict == Verdict::kShrink) {
+        if (item_.rule.last_step) catch_up(row);
+        shrink(at);
+      }
+      if (verdict != Verdict::kUpdate) return false;
+      if constexpr (std::is_base_of_v<Momentum<T>, Rule>)
+        if (params_.scale != Scale::kNone) rule.scale(facts.rate(params_, item_.dim));
+    }
+    if (window && params_.adds) *window = params_.window;
+    return true;
+  }
+
+  template <typename GradOf>
+  Facts look(const Rule& rule, const Place& at, const GradOf& grad_of) const {
+    Facts facts;
+    alignas(kCacheLine) T param[kBlock], exp_avg[kBlock];
+    const bool directions = wants_directions(params_);
+    for (int64_t c = 0; c < item_.dim; c += kBlock) {
+      const int64_t n = item_.dim - c < kBlock ? item_.dim - c : kBlock;
+      const T* const g = directions || wants_finite(params_) ? grad_of(c, n) : nullptr;
+      const T* p = nullptr;
+      const T* m = nullptr;
+      if (params_.scale != Scale::kNone)
+        p = view(item_.param, offset(item_.param_layout, at.param, c), index(item_.param_layout, c),
+                 n, param);
+      if (directions)
+        m = view(item_.states[0], offset(item_.state_layouts[0], at.states[0], c),
+                 index(item_.state_layouts[0], c), n, exp_avg);
+      if constexpr (std::is_base_of_v<Momentum<T>, Rule>)
+        facts.add(look_at<T>(params_, rule, g, p, m, n));
+      else facts.add(look_at<T>(params_, Momentum<T>(), g, p, m, n));
+    }
+    return facts;
+  }
+
+  void shrink(const Place& at) const {
+    const Shrink<T> rule(params_);
+    for (int64_t c = 0; c < item_.dim; c += kBlock) {
+      const int64_t n = item_.dim - c < kBlock ? item_.dim - c : kBlock;
+      apply_converted<T>(rule, nullptr, item_.param, offset(item_.param_layout, at.param, c),
+                         index(item_.param_layout, c), nullptr, nullptr, nullptr, n);
+    }
+  }
+
+  // Through an index, offsets count from the start of the row's vector.
+  static int64_t offset(const RowLayout& layout, int64_t start, int64_t c) {
+    return layout.inner ? start : start + c;
+  }
+  static const int64_t* index(const RowLayout& layout, int64_t c) {
+    return layout.inner ? layout.inner + c : nullptr;
+  }
+
+  const RowsItem& item_;
+  const RuleParams& params_;
+  const Rule rule_;
+  const CatchUpTable<T, Rule> catch_up_;
+  const bool careful_;
+};

@@ -1,0 +1,107 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The list of all update rules. What must know them follows from it: their kinds, the names of
+// their state, dispatch on both devices, the ops and their schemas. Host and device, no torch.
+#pragma once
+
+#include <string_view>
+#include <type_traits>
+
+#include "rules/update_rules.h"
+
+namespace tiger_ext {
+
+template <template <typename> class... Rules>
+struct RuleList {};
+
+// Of one family, the first that fits a step's parameters is taken.
+using AllRules = RuleList<SignMomentum, Momentum, AdamW, AdamWWithoutMoment1, Shrink>;
+
+// A rule's place in the list.
+template <typename Rule, template <typename> class... Rules>
+constexpr RuleKind kind_in(RuleList<Rules...>) {
+  int place = 0;
+  ((std::is_same_v<Rule, Rules<float>> || std::is_same_v<Rule, Rules<double>> ||
+    (++place, false)) ||
+   ...);
+  return static_cast<RuleKind>(place);
+}
+template <typename Rule>
+constexpr RuleKind kKindOf = kind_in<Rule>(AllRules());
+
+// Calls f.template operator()<T, Rule>() for the rule of this kind.
+template <typename T, typename F, template <typename> class... Rules>
+TIGER_EXT_INLINE void with_rule_in(RuleList<Rules...>, RuleKind kind, const F& f) {
+  ((kind == kKindOf<Rules<T>> && (f.template operator()<T, Rules<T>>(), true)) || ...);
+}
+template <typename T, typename F>
+TIGER_EXT_INLINE void with_rule(RuleKind kind, const F& f) {
+  with_rule_in<T>(AllRules(), kind, f);
+}
+
+// Calls f.template operator()<T, Rule>() for every rule that has state.
+template <typename T, typename F, template <typename> class... Rules>
+void for_each_rule_in(RuleList<Rules...>, const F& f) {
+  const auto call = [&]<typename Rule>() {
+    if constexpr (Rule::kStates > 0) f.template operator()<T, Rule>();
+  };
+  (call.template operator()<Rules<T>>(), ...);
+}
+template <typename T, typename F>
+void for_each_rule(const F& f) {
+  for_each_rule_in<T>(AllRules(), f);
+}
+
+// What those know of a rule that have its kind alone.
+struct RuleInfo {
+  const char* family = nullptr;  // null: it is no rule of a parameter group
+  int states = 0;
+  const char* state_names[kMaxStates] = {};
+  bool counts_steps = false;
+  bool has_eps = false;
+  bool directed = false;
+  RuleKind general{};
+  bool (*fits)(const RuleParams&) = nullptr;
+};
+
+template <typename Rule>
+constexpr RuleInfo info_of() {
+  RuleInfo info;
+  info.states = Rule::kStates;
+  if constexpr (Rule::kStates > 0) {
+    info.family = Rule::kFamily;
+    for (int k = 0; k < Rule::kStates; ++k) info.state_names[k] = Rule::kStateNames[k];
+    info.counts_steps = Rule::kCountsSteps;
+    info.has_eps = Rule::kHasEps;
+    info.directed = Rule::kDirected;
+    info.general = kKindOf<typename Rule::General>;
+    info.fits = &Rule::fits;
+  }
+  return info;
+}
+
+template <typename List>
+struct RuleInfos;
+template <template <typename> class... Rules>
+struct RuleInfos<RuleList<Rules...>> {
+  static constexpr int kCount = sizeof...(Rules);
+  static constexpr RuleInfo kInfos[] = {info_of<Rules<float>>()...};
+};
+
+constexpr int kRuleCount = RuleInfos<AllRules>::kCount;
+
+inline const RuleInfo& rule_info(RuleKind kind) {
+  return RuleInfos<AllRules>::kInfos[static_cast<int>(kind)];
+}
+
+// The kind of a family's rule for these parameters; kRuleCount if there is no such family.
+inline RuleKind kind_for(std::string_view family, const RuleParams& params) {
+  int kind = 0;
+  for (; kind < kRuleCount; ++kind) {
+    const RuleInfo& info = rule_info(static_cast<RuleKind>(kind));
+    if (info.family && family == info.family && info.fits(params)) break;
+  }
+  return static_cast<RuleKind>(kind);
+}
+
+}  // namespace tiger_ext

@@ -1,0 +1,405 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The update rules, for ONE element. Host and device, no torch: this header and
+// tiger_ext/reference.py are the only two places where the mathematics is written down.
+//
+// A rule is a small struct of constants in the arithmetic type T (float, or double for float64
+// parameters) with a call operator that advances one parameter element and its state by one step.
+// Every operation is a single IEEE operation (multiply-add contraction is off), so all instruction
+// sets and devices agree bit by bit. What else a rule says of itself:
+//
+//     kStates, kStateNames  its state tensors, as a parameter's state calls them
+//     kCountsSteps          whether the state has a counter `step`
+//     kHasEps               whether it has the option eps
+//     kFamily, fits         what groups and ops call it; rules of one family are forms of one rule,
+//                           each for the parameters that fit it
+//     kDirected             whether it is one of Momentum, with `update` for its call operator
+//     General               the form that the rarer kernels use in its place
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define TIGER_EXT_INLINE __host__ __device__ __forceinline__
+#else
+#define TIGER_EXT_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace tiger_ext {
+
+// Which rule: its place in the list of rules (rule_list.h).
+enum class RuleKind : int8_t {};
+
+// At most so many state tensors.
+constexpr int kMaxStates = 2;
+
+// What takes the place of the sign; c is the momentum, kappa the direction's scale.
+enum class Direction : int8_t {
+  kSign,
+  kClip,   // clamp(kappa c, -1, 1)
+  kPower,  // sign(c) |c|^kappa
+  kAtan,   // 2/pi atan(kappa c)
+};
+
+// Over what the learning rate is relative to the parameter's root mean square, if it is.
+enum class Scale : int8_t { kNone, kTensor, kRows };
+
+// What a NaN or Inf in the (summed) gradient does.
+enum class Nonfinite : int8_t { kPropagate, kSkip, kShrink, kRaise };
+
+// Which rows a strided gradient touches.
+enum class Touched : int8_t { kAll, kNonzero, kMasked };
+
+// What becomes of the steps in which a row was not touched.
+enum class Lazy : int8_t {
+  kFrozen,  // nothing
+  kDecay,   // the decay of parameter and state is made up for at the next touch
+  kExact,   // so are the steps along the sign of the momentum
+};
+
+struct Stretch;
+struct HistoryClock;
+
+// What the rules need to know, in double, independent of the arithmetic type: one per tensor and
+// step.
+struct RuleParams {
+  RuleKind kind{};
+  double lr = 0.0;
+  double beta1 = 0.0;
+  double beta2 = 0.0;
+  double eps = 0.0;
+  double weight_decay = 0.0;
+  double grad_factor = 1.0;       // -1 for maximize, times 1 / grad_scale
+  double bias_correction1 = 1.0;  // 1 - beta1^t
+  double bias_correction2 = 1.0;  // 1 - beta2^t
+
+  Direction direction = Direction::kSign;
+  double direction_scale = 1.0;
+  Scale scale = Scale::kNone;
+  double rms_floor = 0.0;
+  Nonfinite nonfinite = Nonfinite::kPropagate;
+  double shrink_ratio = 1.0;
+  double shrink_to = 0.0;
+  Touched touched = Touched::kAll;
+
+  // Of an accumulation window's micro-step (Tiger only):
+  int32_t window = 0;      // its number, from 1; 0: no accumulation
+  double micro_steps = 1;  // the gradient counts for one of so many
+  bool decays = true;      // the momentum decays, once per window
+  bool adds = true;        // there is a gradient
+  bool moves = true;       // the parameter moves, once per window
+
+  Lazy lazy = Lazy::kFrozen;
+  int32_t current = 0;   // in a lazy mode: the step up to which a row is brought before its update
+  uint64_t history = 0;  // a number of its own for each state of each history
+  const Stretch* stretches = nullptr;  // of the history (history.h)
+  int64_t stretch_count = 0;
+  const HistoryClock* clock = nullptr;  // on a GPU: has all of the above
+
+  // The step up to which a row is current after its update.
+  TIGER_EXT_INLINE int32_t updated() const { return moves ? current + 1 : current; }
+
+  friend bool operator==(const RuleParams& a, const RuleParams& b) = default;
+
+  // Whether each tensor or row must be looked at before it is updated.
+  TIGER_EXT_INLINE bool looks() const {
+    return scale != Scale::kNone || nonfinite == Nonfinite::kSkip ||
+           nonfinite == Nonfinite::kShrink;
+  }
+};
+
+// The bias corrections of step number t.
+TIGER_EXT_INLINE void set_bias_corrections(RuleParams& rule, int64_t t) {
+  const double steps = static_cast<double>(t);
+  rule.bias_correction1 = 1.0 - std::pow(rule.beta1, steps);
+  rule.bias_correction2 = 1.0 - std::pow(rule.beta2, steps);
+}
+
+// sign(0) = 0, sign(NaN) = NaN: a row without gradient and momentum does not move, and a NaN is
+// never hidden.
+template <typename T>
+TIGER_EXT_INLINE T sign(T x) {
+  const T s = static_cast<T>(x > T(0)) - static_cast<T>(x < T(0));
+  return x == x ? s : x;
+}
+
+// c's direction; NaN stays NaN.
+template <Direction kDirection, typename T>
+TIGER_EXT_INLINE T direction_of(T c, T kappa) {
+  if constexpr (kDirection == Direction::kSign) {
+    return sign(c);
+  } else if constexpr (kDirection == Direction::kClip) {
+    const T x = kappa * c;
+    return x > T(1) ? T(1) : x < T(-1) ? T(-1) : x;
+  } else if constexpr (kDirection == Direction::kPower) {
+    return sign(c) * std::pow(std::abs(c), kappa);
+  } else {
+    return static_cast<T>(0.63661977236758134308) * std::atan(kappa * c);
+  }
+}
+
+// Lion, and Tiger as its special case beta1 == beta2, where the direction is that of the new
+// momentum: c and the new m are then the same number, computed by the same operations.
+//     c = beta1 m + (1 - beta1) g
+//     p = (1 - lr wd) p - lr direction(c)
+//     m = beta2 m + (1 - beta2) g
+// In an accumulation window beta and p's step count once and the gradient k times, divided by k.
+template <typename T>
+struct Momentum {
+  static constexpr const char* kFamily = "sign_momentum";
+  static constexpr int kStates = 1;
+  static constexpr const char* kStateNames[] = {"exp_avg"};
+  static constexpr bool kCountsSteps = false, kHasEps = false, kDirected = true;
+  using General = Momentum;
+  static constexpr bool fits(const RuleParams&) { return true; }
+  T grad_factor, decay, lr, beta1, beta2, weight1, weight2;
+  T weight_decay, direction_scale;
+  Direction direction;
+  bool moves;
+
+  Momentum() = default;
+  TIGER_EXT_INLINE explicit Momentum(const RuleParams& r)
+      : grad_factor(static_cast<T>(r.grad_factor)),
+        decay(static_cast<T>(1.0 - r.lr * r.weight_decay)),
+        lr(static_cast<T>(r.lr)),
+        beta1(static_cast<T>(r.decays ? r.beta1 : 1.0)),
+        beta2(static_cast<T>(r.decays ? r.beta2 : 1.0)),
+        weight1(static_cast<T>(r.adds ? (1.0 - r.beta1) / r.micro_steps : 0.0)),
+        weight2(static_cast<T>(r.adds ? (1.0 - r.beta2) / r.micro_steps : 0.0)),
+        weight_decay(static_cast<T>(r.weight_decay)),
+        direction_scale(static_cast<T>(r.direction_scale)),
+        direction(r.direction),
+        moves(r.moves) {}
+
+  // The rule with a learning rate `factor` times as large.
+  TIGER_EXT_INLINE void scale(double factor) {
+    lr = static_cast<T>(static_cast<double>(lr) * factor);
+    decay = T(1) - lr * weight_decay;
+  }
+  // The rule after the window's first micro-step.
+  TIGER_EXT_INLINE void stop_decay() { beta1 = beta2 = T(1); }
+
+  // The direction of one element, before its update.
+  template <Direction kDirection>
+  TIGER_EXT_INLINE T direction_at(T grad, T m) const {
+    return direction_of<kDirection>(beta1 * m + weight1 * (grad_factor * grad), direction_scale);
+  }
+
+  template <Direction kDirection, bool kMoves>
+  TIGER_EXT_INLINE void update(T grad, T& p, T& m) const {
+    const T g = grad_factor * grad;
+    const T c = beta1 * m + weight1 * g;
+    if constexpr (kMoves) p = decay * p - lr * direction_of<kDirection>(c, direction_scale);
+    m = beta2 * m + weight2 * g;
+  }
+
+  // Calls f.template operator()<direction>().
+  template <typename F>
+  TIGER_EXT_INLINE void with_direction(const F& f) const {
+    switch (direction) {
+      case Direction::kSign:
+        return f.template operator()<Direction::kSign>();
+      case Direction::kClip:
+        return f.template operator()<Direction::kClip>();
+      case Direction::kPower:
+        return f.template operator()<Direction::kPower>();
+      case Direction::kAtan:
+        return f.template operator()<Direction::kAtan>();
+    }
+  }
+};
+
+// Whether a rule changes the parameter.
+template <typename Rule>
+TIGER_EXT_INLINE bool moves_param(const Rule& rule) {
+  if constexpr (Rule::kDirected) return rule.moves;
+  else return true;
+}
+
+// The plain form: sign, no window.
+template <typename T>
+struct SignMomentum : Momentum<T> {
+  static constexpr bool kDirected = false;
+  static constexpr bool fits(const RuleParams& r) {
+    return r.direction == Direction::kSign && r.window == 0;
+  }
+
+  SignMomentum() = default;
+  TIGER_EXT_INLINE explicit SignMomentum(const RuleParams& r) : Momentum<T>(r) {}
+
+  TIGER_EXT_INLINE void operator()(T grad, T& p, T& m) const {
+    this->template update<Direction::kSign, true>(grad, p, m);
+  }
+};
+
+// AdamW with bias correction and decoupled weight decay (Loshchilov & Hutter, arXiv 1711.05101):
+//     m = beta1 m + (1 - beta1) g
+//     v = beta2 v + (1 - beta2) g^2
+//     p = (1 - lr wd) p - lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps)
+template <typename T>
+struct AdamW {
+  static constexpr const char* kFamily = "adamw";
+  static constexpr int kStates = 2;
+  static constexpr const char* kStateNames[] = {"exp_avg", "exp_avg_sq"};
+  static constexpr bool kCountsSteps = true, kHasEps = true, kDirected = false;
+  using General = AdamW;
+  static constexpr bool fits(const RuleParams& r) { return r.beta1 != 0.0; }
+  T grad_factor, decay, step_size, beta1, beta2, one_minus_beta1, one_minus_beta2;
+  T sqrt_bias_correction2, eps;
+
+  AdamW() = default;
+  TIGER_EXT_INLINE explicit AdamW(const RuleParams& r)
+      : grad_factor(static_cast<T>(r.grad_factor)),
+        decay(static_cast<T>(1.0 - r.lr * r.weight_decay)),
+        step_size(static_cast<T>(r.lr / r.bias_correction1)),
+        beta1(static_cast<T>(r.beta1)),
+        beta2(static_cast<T>(r.beta2)),
+        one_minus_beta1(static_cast<T>(1.0 - r.beta1)),
+        one_minus_beta2(static_cast<T>(1.0 - r.beta2)),
+        sqrt_bias_correction2(static_cast<T>(std::sqrt(r.bias_correction2))),
+        eps(static_cast<T>(r.eps)) {}
+
+  TIGER_EXT_INLINE void operator()(T grad, T& p, T& m, T& v) const {
+    const T g = grad_factor * grad;
+    m = beta1 * m + one_minus_beta1 * g;
+    v = beta2 * v + one_minus_beta2 * (g * g);
+    p = decay * p - step_size * (m / (std::sqrt(v) / sqrt_bias_correction2 + eps));
+  }
+};
+
+// What nonfinite="shrink" does to a parameter: a step towards `to`.
+template <typename T>
+struct Shrink {
+  static constexpr int kStates = 0;
+  static constexpr bool kDirected = false;
+  T ratio, to;
+
+  Shrink() = default;
+  TIGER_EXT_INLINE explicit Shrink(const RuleParams& r)
+      : ratio(static_cast<T>(r.shrink_ratio)), to(static_cast<T>(r.shrink_to)) {}
+
+  TIGER_EXT_INLINE void operator()(T, T& p) const { p = to + ratio * (p - to); }
+};
+
+// AdamW with beta1 == 0, RMSprop with bias correction: m is g itself and not stored.
+template <typename T>
+struct AdamWWithoutMoment1 : AdamW<T> {
+  static constexpr int kStates = 1;
+  static constexpr const char* kStateNames[] = {"exp_avg_sq"};
+  using General = AdamWWithoutMoment1;
+  static constexpr bool fits(const RuleParams&) { return true; }
+
+  AdamWWithoutMoment1() = default;
+  TIGER_EXT_INLINE explicit AdamWWithoutMoment1(const RuleParams& r) : AdamW<T>(r) {}
+
+  TIGER_EXT_INLINE void operator()(T grad, T& p, T& v) const {
+    T m = T(0);
+    AdamW<T>::operator()(grad, p, m, v);
+  }
+};
+
+// A row's state `last_step`: the step up to which it is current; -1 minus that if no gradient has
+// ever touched it.
+TIGER_EXT_INLINE int32_t current_up_to(int32_t last_step) {
+  return last_step < 0 ? -1 - last_step : last_step;
+}
+
+// What the steps that a row skipped do to each of its elements.
+template <typename T>
+struct CatchUp {
+  T decay = T(1), drift = T(0);
+  T factor[2] = {T(1), T(1)};  // of each state
+  T floor[2] = {T(0), T(0)};   // below which its magnitude does not fall by the factor alone
+
+  template <bool kDrifts>
+  TIGER_EXT_INLINE void param(T& p, T m) const {
+    p = decay * p;
+    if constexpr (kDrifts) p -= drift * sign(m);
+  }
+  // A state decays, but never to 0: its sign is what the drift follows.
+  template <int k>
+  TIGER_EXT_INLINE void state(T& x) const {
+    const T y = x * factor[k];
+    const T size = std::abs(x);
+    const T least = size < floor[k] ? size : floor[k];
+    x = std::abs(y) < least ? std::copysign(least, x) : y;
+  }
+};
+
+// No update: what remains is the catch-up alone.
+template <typename T, int kStateCount>
+struct NoUpdate {
+  static constexpr int kStates = kStateCount;
+  static constexpr bool kDirected = false;
+  template <typename... States>
+  TIGER_EXT_INLINE void operator()(T, T&, States&...) const {}
+};
+
+// A rule after the catch-up with skipped steps, in the same pass over the row.
+template <typename T, typename Rule, bool kDrifts>
+struct AfterCatchUp : Rule {
+  CatchUp<T> catch_up;
+
+  TIGER_EXT_INLINE AfterCatchUp(const Rule& rule, const CatchUp<T>& catch_up)
+      : Rule(rule), catch_up(catch_up) {}
+
+  TIGER_EXT_INLINE void operator()(T grad, T& p, T& m) const {
+    catch_up.template param<kDrifts>(p, m);
+    catch_up.template state<0>(m);
+    Rule::operator()(grad, p, m);
+  }
+  TIGER_EXT_INLINE void operator()(T grad, T& p, T& m, T& v) const {
+    catch_up.template param<false>(p, m);
+    catch_up.template state<0>(m);
+    catch_up.template state<1>(v);
+    Rule::operator()(grad, p, m, v);
+  }
+  // Of Momentum. The row catches up also where the micro-step does not move it.
+  template <Direction kDirection, bool kMoves>
+  TIGER_EXT_INLINE void update(T grad, T& p, T& m) const {
+    catch_up.template param<kDrifts>(p, m);
+    catch_up.template state<0>(m);
+    Rule::template update<kDirection, kMoves>(grad, p, m);
+  }
+};
+
+template <typename T, typename Rule, bool kDrifts>
+TIGER_EXT_INLINE bool moves_param(const AfterCatchUp<T, Rule, kDrifts>&) {
+  return true;
+}
+
+// What was found in a tensor or row before its update: sums in double over a fixed order of
+// elements, so that they are reproducible.
+struct Facts {
+  double params = 0.0;      // sum of squares
+  double directions = 0.0;  // likewise, if the direction is not the sign
+  bool finite = true;       // the gradient is
+
+  TIGER_EXT_INLINE void add(const Facts& other) {
+    params += other.params;
+    directions += other.directions;
+    finite = finite && other.finite;
+  }
+
+  // What the learning rate of `count` elements is multiplied by (Su 2023): max(RMS(p), floor) /
+  // RMS(d), where RMS(d) counts as 1 for the sign and for a direction of zeros.
+  TIGER_EXT_INLINE double rate(const RuleParams& r, int64_t count) const {
+    const double n = static_cast<double>(count);
+    const double size = std::sqrt(params / n);
+    const double floored = size < r.rms_floor ? r.rms_floor : size;
+    if (r.direction == Direction::kSign || directions == 0.0) return floored;
+    return floored / std::sqrt(directions / n);
+  }
+};
+
+enum class Verdict : int8_t { kUpdate, kSkip, kShrink };
+
+TIGER_EXT_INLINE Verdict judge(const RuleParams& r, const Facts& facts) {
+  if (facts.finite || !r.adds) return Verdict::kUpdate;
+  return r.nonfinite == Nonfinite::kSkip     ? Verdict::kSkip
+         : r.nonfinite == Nonfinite::kShrink ? Verdict::kShrink
+                                             : Verdict::kUpdate;
+}
+
+}  // namespace tiger_ext

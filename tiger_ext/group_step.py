@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A parameter group during one step: what follows from its options, derived once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tiger_ext import _native
+from tiger_ext.history import History
+from tiger_ext.options import Moment, algorithm_of, direction_scale, moments_of
+
+__all__ = ["GroupStep", "is_capturing", "is_row_lazy"]
+
+
+class GroupStep:
+    """One group's share of a step.
+
+    In an accumulation window every micro-step *adds* its gradient to the momentum, and the last one
+    then *moves* the parameters: the rows that any of the window's micro-steps touched. Without a
+    window both are one.
+
+    Attributes:
+        index: where the group stands in the optimizer.
+        options: the parameter group.
+        params: its parameters.
+        history: the steps of a group in a lazy mode; None: it is frozen.
+        window: the accumulation window's number, from 1; 0: no accumulation.
+        micro_steps: how many steps make a window, or 1.
+        closes: whether this step is a window's last.
+        native: whether native kernels may take it.
+    """
+
+    __slots__ = (
+        "closes",
+        "history",
+        "index",
+        "micro_steps",
+        "native",
+        "options",
+        "params",
+        "window",
+    )
+
+    def __init__(self, index: int, options: dict[str, Any]) -> None:
+        """Derive what follows from the options; a lazy group's history begins here."""
+        self.index = index
+        self.options = options
+        self.params: list[Tensor] = options["params"]
+        self.history: History | None = None
+        if options["lazy"] != "frozen":
+            self.history = options.setdefault("history", History())
+        self.micro_steps: int = options.get("accumulation_steps", 1)
+        self.window, self.closes = 0, False
+        if self.micro_steps > 1:
+            self.window = options.get("windows", 0) + 1
+            self.closes = options.get("micro_steps", 0) + 1 >= self.micro_steps
+        self.native = _native.C is not None and options["fused"] is not False
+
+    @property
+    def counts(self) -> bool:
+        """Whether the history takes the present step."""
+        return self.window == 0 or self.closes
+
+    @property
+    def lr(self) -> float | Tensor:
+        """The learning rate as a float, or as it is where reading it would synchronise."""
+        lr = self.options["lr"]
+        if isinstance(lr, Tensor) and lr.device.type == "cpu":
+            return float(lr)
+        return lr
+
+    def moments(self) -> tuple[Moment, ...]:
+        """Return the state tensors that the group's parameters have."""
+        return moments_of(self.options)
+
+    def moves(self, adds: bool) -> bool:
+        """Return whether the parameters move while gradients are added, or not."""
+        return self.window == 0 or not adds
+
+    def rule(self, adds: bool) -> Any:
+        """Return the options as the native step takes them; ``adds``: there are gradients."""
+        options = self.options
+        return _native.C.Rule(  # type: ignore[union-attr]
+            algorithm_of(options["algorithm"]).family,
+            options,
+            direction_scale(options),
+            self.window,
+            self.micro_steps,
+            adds,
+        )
+
+    def name(self, position: int) -> str:
+        """Return what messages call the parameter at a position."""
+        names = self.options.get("param_names")
+        where = f"group {self.index}, position {position}"
+        return f"parameter {names[position]!r} ({where})" if names else f"parameter ({where})"
+
+
+def is_row_lazy(p: Tensor, options: Mapping[str, Any]) -> bool:
+    """Return whether a strided gradient of ``p`` updates only the rows it touches."""
+    return options["rows"] is not None and p.dim() >= 2
+
+
+def is_capturing() -> bool:
+    """Return whether a CUDA graph is being captured on the current stream."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

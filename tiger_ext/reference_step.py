@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One parameter's update on the reference: its units are gathered, updated and put back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tiger_ext import reference
+from tiger_ext.group_step import GroupStep, is_row_lazy
+from tiger_ext.options import algorithm_of, direction_scale
+from tiger_ext.state import check_shapes
+
+__all__ = ["ReferenceUpdate", "catch_up_on_reference"]
+
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# Where units are: an index for each of their dimensions; None: the whole parameter is the only one.
+_Where = tuple[Tensor, ...] | None
+
+
+@dataclass
+class ReferenceUpdate:
+    """One parameter's share of a step on the reference: check, check_state, apply.
+
+    Attributes:
+        param: the parameter.
+        grad: its gradient; None: the step adds none, it closes a window.
+        group: its group.
+        mask: of the rows that ``rows="tracked"`` found.
+        state: set between ``check`` and ``check_state``.
+    """
+
+    param: Tensor
+    grad: Tensor | None
+    group: GroupStep
+    mask: Tensor | None
+    state: dict[str, Any]
+
+    @property
+    def adds(self) -> bool:
+        """Whether there is a gradient."""
+        return self.grad is not None
+
+    def check(self) -> None:
+        """Check parameter and gradient; the state may still be missing."""
+        p, g = self.param, self.grad
+        if p.layout != torch.strided:
+            raise RuntimeError(f"the parameter has layout {p.layout}, expected torch.strided")
+        if g is None:
+            return
+        if p.dtype not in _FLOATS or g.dtype not in _FLOATS:
+            raise RuntimeError(
+                f"the parameter has dtype {p.dtype} and the gradient {g.dtype}, expected one of "
+                "float32, float64, bfloat16, float16"
+            )
+        if g.layout not in (torch.strided, torch.sparse_coo):
+            raise RuntimeError(
+                f"the gradient has layout {g.layout}, expected torch.strided or torch.sparse_coo"
+            )
+        if g.device != p.device or g.shape != p.shape:
+            raise RuntimeError(
+                f"the gradient has shape {list(g.shape)} on device {g.device}, the parameter has "
+                f"shape {list(p.shape)} on device {p.device}"
+            )
+        if g.layout == torch.sparse_coo and g.device.type != "meta":
+            reference.check_indices(g._indices(), p.shape)
+
+    def check_state(self) -> None:
+        """Check that the state fits the parameter, and the gradient's values if they matter."""
+        check_shapes(self.param, self.state)
+        raises = self.group.options["nonfinite"] == "raise"
+        if self.adds and raises and not self.param.is_meta:
+            grad = self._units()[1]
+            if not bool(torch.isfinite(grad).all()):
+                raise FloatingPointError("the gradient has a NaN or Inf")
+
+    def apply(self, grad_scale: float) -> None:
+        """Update the parameter and its state; gradients are divided by ``grad_scale``."""
+        where, grad = self._units()
+        group, options, state = self.group, self.group.options, self.state
+        if self.adds and group.history is not None:
+            catch_up_on_reference(self.param, state, group, state["last_step"], where)
+        param = self._read(self.param, where)
+        decays = torch.ones((param.shape[0],), dtype=torch.bool, device=param.device)
+        if group.window:
+            in_window = self._read(state["window"], where).reshape(-1) == group.window
+            decays = ~in_window
+            if not self.adds:  # all rows for which the window is open
+                where = _select(where, in_window)
+                param, decays = param[in_window], decays[in_window]
+                grad = torch.zeros_like(param)
+        if self.adds and options["nonfinite"] in ("skip", "shrink"):
+            finite = reference.per_unit(torch.isfinite(grad)).all(1)
+            if options["nonfinite"] == "shrink":
+                shrunk = reference.shrink(
+                    param[~finite], ratio=options["shrink_ratio"], to=options.get("shrink_to", 0.0)
+                )
+                _write(self.param, _select(where, ~finite), shrunk)
+            if where is None and not bool(finite):
+                return
+            where = _select(where, finite)
+            param, grad, decays = param[finite], grad[finite], decays[finite]
+        if "step" in state:
+            state["step"] += 1
+        if group.window and self.adds:
+            number = torch.full_like(decays, group.window, dtype=torch.int32)
+            _write(state["window"], where, number)
+        self._update(where, param, grad / grad_scale, decays)
+        if group.history is not None:
+            now = group.history.steps + (1 if group.moves(self.adds) else 0)
+            state["last_step"][... if where is None else where] = now
+
+    def _update(self, where: _Where, param: Tensor, grad: Tensor, decays: Tensor) -> None:
+        group, options, state = self.group, self.group.options, self.state
+        algorithm = algorithm_of(options["algorithm"])
+        relative = options.get("scale") is not None
+        use = reference.Use(
+            lr=group.lr,
+            betas=tuple(options["betas"]),
+            weight_decay=options["weight_decay"],
+            eps=options.get("eps", 0.0),
+            step=int(state.get("step", 0)),
+            direction=options.get("direction", "sign"),
+            direction_scale=direction_scale(options),
+            rms_floor=options["rms_floor"] if relative else None,
+            decays=decays if group.window else None,
+            micro_steps=group.micro_steps,
+        )
+        stored = {moment.name for moment in group.moments()}
+        names = [moment.name for moment in algorithm.moments]
+        update = getattr(reference, algorithm.update)
+        new_param, new_moments = update(
+            param,
+            -grad if options["maximize"] else grad,
+            [self._read(state[name], where) if name in stored else None for name in names],
+            use,
+        )
+        if group.moves(self.adds):
+            _write(self.param, where, new_param)
+        for name, value in zip(names, new_moments, strict=True):
+            if value is not None:
+                _write(state[name], where, value)
+
+    # A parameter is updated in units: its touched rows, or the whole of it as the only one.
+
+    def _units(self) -> tuple[_Where, Tensor]:
+        """Return where the units are and their gradients ``[units, ...]``."""
+        p, g = self.param, self.grad
+        dtype = reference.arithmetic_dtype(p)
+        window = self.state.get("window")
+        row_dims = 0 if window is None else window.dim()
+        if g is not None and g.layout == torch.sparse_coo:
+            rows, sums = reference.sum_duplicates(g._indices(), g._values(), p.shape, dtype)
+            return tuple(rows), sums
+        if g is None:
+            g = torch.zeros((), dtype=dtype, device=p.device).expand(p.shape)
+            touched = torch.ones(p.shape[:row_dims], dtype=torch.bool, device=p.device)
+        elif is_row_lazy(p, self.group.options):
+            row_dims = max(row_dims, 1)
+            if self.mask is not None:
+                touched = self.mask.bool()
+            else:
+                touched = reference.per_unit(g != 0).any(1)
+            if row_dims > 1:
+                touched = touched.reshape(-1, *[1] * (row_dims - 1)).expand(p.shape[:row_dims])
+        else:
+            if self.group.options.get("scale") == "rms_rows" and p.dim() > 0:
+                row_dims = max(row_dims, 1)
+            touched = torch.ones(p.shape[:row_dims], dtype=torch.bool, device=p.device)
+        if row_dims == 0:
+            return None, g.to(dtype).unsqueeze(0)
+        where = touched.nonzero(as_tuple=True)
+        return where, g[where].to(dtype)
+
+    def _read(self, tensor: Tensor, where: _Where) -> Tensor:
+        units = tensor.unsqueeze(0) if where is None else tensor[where]
+        return (
+            units.to(reference.arithmetic_dtype(self.param)) if units.is_floating_point() else units
+        )
+
+
+def _write(tensor: Tensor, where: _Where, units: Tensor) -> None:
+    if where is not None:
+        tensor[where] = units.to(tensor.dtype)
+    elif len(units):
+        tensor.copy_(units[0])
+
+
+def _select(where: _Where, chosen: Tensor) -> _Where:
+    return None if where is None else tuple(index[chosen] for index in where)
+
+
+def catch_up_on_reference(
+    p: Tensor, state: Mapping[str, Any], group: GroupStep, last_step: Tensor, where: _Where
+) -> None:
+    """Bring rows, all or those at ``where``, up to date with the group's steps so far."""
+    history = group.history
+    assert history is not None
+    since = torch.where(last_step < 0, -1 - last_step, last_step)
+    behind = since < history.steps
+    if where is not None:
+        chosen = torch.zeros_like(behind)
+        chosen[where] = True
+        behind &= chosen
+    rows = behind.nonzero(as_tuple=True) if behind.dim() else (behind.reshape(1).nonzero()[:, 0],)
+    if len(rows[0]) == 0:
+        return
+    whole = behind.dim() == 0  # the parameter is one row
+    if whole:
+        p, last_step, since = p.unsqueeze(0), last_step.reshape(1), since.reshape(1)
+    moments = [moment for moment in group.moments() if moment.name in state]
+    stored = [state[m.name].unsqueeze(0) if whole else state[m.name] for m in moments]
+    arithmetic = reference.arithmetic_dtype(p)
+    missed = history.missed(since[rows].long())
+    each = (-1, *[1] * (p.dim() - len(rows)))
+    param, caught_up = reference.catch_up(
+        p[rows].to(arithmetic),
+        [s[rows].to(arithmetic) for s in stored],
+        decay=missed.decay.to(arithmetic).reshape(each),
+        drift=(
+            missed.drift.to(arithmetic).reshape(each) if group.options["lazy"] == "exact" else None
+        ),
+        factors=[missed.betas[moment.beta].reshape(each) for moment in moments],
+        floors=[reference.smallest(s.dtype, arithmetic) for s in stored],
+    )
+    p[rows] = param.to(p.dtype)
+    for s, moment in zip(stored, caught_up, strict=True):
+        s[rows] = moment.to(s.dtype)
+    now = history.steps
+    last_step[rows] = torch.where(last_step[rows] < 0, -1 - now, now).to(last_step.dtype)

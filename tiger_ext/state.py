@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What state a parameter has, and how it comes to be.
+
+========== ============================ =====================================================
+exp_avg    the parameter's shape        first moment (momentum)
+exp_avg_sq the parameter's shape        AdamW: second moment
+step       0-dim, int64                 AdamW: the parameter's steps so far
+window     int32, a number a row or one accumulation: the window it was last part of
+last_step  int32, a number a row or one lazy modes: the step up to which it is current; -1 minus
+                                        that if no gradient has touched it
+========== ============================ =====================================================
+
+"A row or one": the parameter's first dimensions, as many as make a row of its gradients, or none.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tiger_ext.group_step import GroupStep, is_capturing, is_row_lazy
+from tiger_ext.huge_pages import advise_huge_pages, is_large_table
+from tiger_ext.options import MOMENTS, algorithm_of
+
+__all__ = [
+    "StateChanges",
+    "WindowError",
+    "check_shapes",
+    "clock_device",
+    "complete_state",
+    "unlisted",
+]
+
+
+class WindowError(RuntimeError):
+    """A gradient does not fit the open accumulation window."""
+
+
+class StateChanges:
+    """The state that a step creates or replaces: what is missing before it, taken back if it fails.
+
+    Attributes:
+        state: the optimizer's, by parameter.
+    """
+
+    __slots__ = ("_undo", "_what", "state")
+
+    def __init__(self, state: Any, what: str) -> None:
+        """Begin with none; ``what`` says in messages what creates the state."""
+        self.state = state
+        self._what = what
+        self._undo: list[tuple[Tensor, str, Any]] = []
+
+    def will_set(self, p: Tensor, name: str) -> None:
+        """Note how to take back that a state is created or replaced.
+
+        Raises:
+            RuntimeError: a CUDA graph is being captured, whose every replay would do it again.
+        """
+        if p.device.type == "cuda" and is_capturing():
+            raise RuntimeError(
+                f"{self._what} is being captured in a CUDA graph, but a parameter has no state "
+                f"{name!r} yet, or one for gradients of another kind, which every replay would "
+                "reset: take one step before the capture"
+            )
+        self._undo.append((p, name, self.state[p].get(name)))
+
+    def take_back(self) -> None:
+        """Put back the state of a step that did not happen."""
+        for p, name, old in reversed(self._undo):
+            if old is not None:
+                self.state[p][name] = old
+                continue
+            self.state[p].pop(name, None)
+            if not self.state[p]:
+                del self.state[p]
+        self._undo.clear()
+
+
+def complete_state(p: Tensor, group: GroupStep, changes: StateChanges) -> dict[str, Any]:
+    """Create what is missing of a parameter's state, zero, in the parameter's memory format.
+
+    Raises:
+        WindowError: the gradient's ``sparse_dim`` changed within an accumulation window.
+        RuntimeError: a CUDA graph is being captured.
+    """
+    state: dict[str, Any] = changes.state[p]
+    fresh = not state
+    large_table = is_large_table(p)
+    if large_table and fresh:
+        advise_huge_pages(p, in_use=True)
+    momentum_dtype = group.options["momentum_dtype"] or p.dtype
+    for moment in group.moments():
+        if moment.name in state:
+            continue
+        changes.will_set(p, moment.name)
+        dtype = torch.promote_types(momentum_dtype, p.dtype) if moment.wide else momentum_dtype
+        new = torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format)
+        if large_table:
+            advise_huge_pages(new, in_use=False)
+        state[moment.name] = new.zero_()
+    if algorithm_of(group.options["algorithm"]).counts_steps and "step" not in state:
+        changes.will_set(p, "step")
+        # In a lazy mode every step of the group counts.
+        done = 0 if group.history is None else group.history.now(p.device)
+        state["step"] = torch.zeros((), dtype=torch.int64, device=clock_device(p)) + done
+    if group.window:
+        _complete_window(p, group, changes)
+    if group.history is not None:
+        _complete_last_step(p, group, changes, fresh)
+    return state
+
+
+def clock_device(p: Tensor) -> torch.device:
+    """Return where AdamW counts the steps of ``p``: beside it on a GPU, else on the CPU."""
+    return p.device if p.device.type == "cuda" else torch.device("cpu")
+
+
+def unlisted(p: Tensor) -> Tensor:
+    """Return the ``window_rows`` that say "not listed: look at the state `window` of each row"."""
+    return torch.empty((0, 0), dtype=torch.int64, device=p.device)
+
+
+def check_shapes(p: Tensor, state: dict[str, Any]) -> None:
+    """Raise RuntimeError unless the moments have the parameter's shape."""
+    for name in MOMENTS:
+        if name in state and state[name].shape != p.shape:
+            raise RuntimeError(
+                f"the state {name} has shape {list(state[name].shape)}, the parameter has shape "
+                f"{list(p.shape)}"
+            )
+
+
+def _complete_last_step(p: Tensor, group: GroupStep, changes: StateChanges, fresh: bool) -> None:
+    history = group.history
+    assert history is not None
+    state = changes.state[p]
+    old, window, g = state.get("last_step"), state.get("window"), p.grad
+    if g is not None and g.layout == torch.sparse_coo:
+        dims = g.sparse_dim()
+    elif window is not None and window.dim() > 0:
+        dims = window.dim()
+    elif old is not None and (old.dim() > 0 or p.dim() < 2):
+        dims = old.dim()
+    else:
+        dims = 1 if p.dim() >= 2 else 0
+    if old is not None and old.shape == p.shape[:dims]:
+        return
+    changes.will_set(p, "last_step")
+    now = history.now(p.device)
+    if old is None:
+        # State of an optimizer without clocks is taken to be current.
+        start = -1 - history.begin if fresh else now
+        zeros = torch.zeros(p.shape[:dims], dtype=torch.int32, device=p.device)
+        state["last_step"] = zeros.add_(start)
+        return
+    # All rows will have caught up.
+    touched = old >= 0
+    if dims < old.dim():
+        touched = touched.flatten(dims).any(-1)
+    touched = touched.reshape(*touched.shape, *[1] * (dims - touched.dim()))
+    touched = touched.expand(p.shape[:dims])
+    state["last_step"] = torch.where(touched, now, -1 - now).to(torch.int32)
+
+
+def _complete_window(p: Tensor, group: GroupStep, changes: StateChanges) -> None:
+    state = changes.state[p]
+    old = state.get("window")
+    shape = p.shape[: _window_dims(p, group)]
+    strided = p.grad is not None and p.grad.layout == torch.strided
+    if old is not None and (old.shape == shape or (strided and old.dim() > 0)):
+        return
+    in_window = group.options.get("micro_steps", 0) > 0
+    if old is not None and old.dim() > 0 and in_window:
+        raise WindowError(
+            f"the gradient's sparse_dim changed from {old.dim()} to {len(shape)} within an "
+            "accumulation window"
+        )
+    changes.will_set(p, "window")
+    state["window"] = torch.zeros(shape, dtype=torch.int32, device=p.device)
+    if old is not None and in_window:
+        state["window"].copy_(old.expand(shape))
+        # Not the gradient's rows alone belong to the window.
+        changes.will_set(p, "window_rows")
+        state["window_rows"] = unlisted(p)
+
+
+def _window_dims(p: Tensor, group: GroupStep) -> int:
+    """Return how many leading dimensions make a row of this step's gradient; 0: it has none."""
+    if p.grad is not None and p.grad.layout == torch.sparse_coo:
+        return p.grad.sparse_dim()
+    options = group.options
+    per_row = is_row_lazy(p, options) or (options["scale"] == "rms_rows" and p.dim() > 0)
+    return 1 if per_row else 0

@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One step over all groups, all or nothing: everything is checked and allocated, then written.
+
+A step is one pass, or two where it closes accumulation windows: the second moves the parameters. A
+pass adds every group to one native step (csrc/bindings/eager.cpp); parameters that no native kernel
+can take run on the reference beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tiger_ext import _native
+from tiger_ext.group_step import GroupStep, is_capturing, is_row_lazy
+from tiger_ext.lazy import (
+    advance_histories,
+    catch_up,
+    note_current_tables,
+    place_histories,
+    prepare_advance,
+)
+from tiger_ext.options import check_lazy
+from tiger_ext.reference_step import ReferenceUpdate
+from tiger_ext.state import StateChanges, WindowError, complete_state
+from tiger_ext.tracking import UsedRows
+from tiger_ext.windows import WindowRows, advance_windows, window_rows
+
+__all__ = ["Pass", "Step"]
+
+_NO_ROWS: dict[Tensor, Tensor] = {}
+
+
+@dataclass
+class Pass:
+    """A native step and the updates on the reference beside it."""
+
+    native: Any
+    on_reference: list[ReferenceUpdate] = field(default_factory=list)
+    # Group, position and last_step of parameters whose rows must be brought up to date before.
+    behind: list[tuple[GroupStep, int, Tensor]] = field(default_factory=list)
+
+    def cancelled(self, found_inf: Tensor | None) -> bool | None:
+        """Return whether AMP cancels the step; None: only a device knows."""
+        if found_inf is None:
+            return False
+        if self.on_reference:
+            return float(found_inf) != 0.0
+        return None if self.native is None else self.native.cancelled()
+
+    def apply(self, grad_scale: Tensor | None) -> None:
+        """Write."""
+        if self.native is not None:
+            self.native.apply()
+        if self.on_reference:
+            scale = 1.0 if grad_scale is None else float(grad_scale)
+            for update in self.on_reference:
+                update.apply(scale)
+
+
+class Step:
+    """One step of an optimizer.
+
+    Args:
+        owner: the optimizer's name, for messages.
+        groups: its parameter groups.
+        state: its state, by parameter.
+        tracked: what its tracked modules have recorded.
+        faults: where a GPU reports what it found wrong; None without native kernels.
+        grad_scale: GradScaler's, one element; gradients are divided by it.
+        found_inf: GradScaler's, one element; if it is not 0 the step does not happen.
+    """
+
+    def __init__(
+        self,
+        owner: str,
+        groups: list[dict[str, Any]],
+        state: Any,
+        tracked: dict[Tensor, UsedRows],
+        faults: Any,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> None:
+        """Change nothing yet."""
+        self._what = f"{owner}.step"
+        self._options = groups
+        self._groups: list[GroupStep] = []
+        self._tracked, self._faults = tracked, faults
+        self._grad_scale, self._found_inf = grad_scale, found_inf
+        self._changes = StateChanges(state, self._what)
+        self._windows: list[WindowRows] = []
+
+    def take(self) -> None:
+        """Take it; see ``MixedOptimizer.step`` for what it raises."""
+        if is_capturing() and not all(group["capturable"] for group in self._options):
+            raise RuntimeError(
+                f"{self._what} is being captured in a CUDA graph, but not every parameter group "
+                "has capturable=True"
+            )
+        if self._found_inf is not None and self._host_reads_found_inf():
+            if float(self._found_inf) != 0.0:
+                return
+            self._found_inf = None
+        found_inf = self._found_inf
+        groups = self._groups = [GroupStep(i, options) for i, options in enumerate(self._options)]
+        lazy = [group for group in groups if group.history is not None]
+        try:
+            if lazy:
+                place_histories(lazy)
+            passes = [self._prepare(groups, adds=True)]
+            closing = [group for group in groups if group.closes]
+            if closing:
+                passes.append(self._prepare(closing, adds=False))
+            unknown = False
+            if found_inf is not None:
+                cancelled = [each.cancelled(found_inf) for each in passes]
+                if any(cancelled):
+                    self._changes.take_back()
+                    return
+                unknown = None in cancelled
+            if lazy:
+                prepare_advance(lazy, self._changes.state, passes[-1].native)
+        except BaseException as error:
+            self._changes.take_back()
+            if _native.C is not None and isinstance(error, _native.C.UpdateError):
+                raise _native.translated(error, self._label) from None
+            raise
+        for each in passes:
+            for group, position, last_step in each.behind:
+                state = self._changes.state[group.params[position]]
+                catch_up(group, position, state, last_step)
+            each.apply(self._grad_scale)
+        if lazy:
+            advance_histories(
+                lazy, self._changes.state, passes[-1].native, found_inf if unknown else None
+            )
+            note_current_tables(self._tracked, groups, certain=not unknown)
+        if any(group.window for group in groups):
+            advance_windows(groups, self._windows, self._changes.state)
+
+    def _host_reads_found_inf(self) -> bool:
+        # The windows' clock is on the host.
+        assert self._found_inf is not None
+        windowed = (group.get("accumulation_steps", 1) > 1 for group in self._options)
+        return self._found_inf.device.type == "cpu" or any(windowed)
+
+    def _label(self, index: int, position: int) -> str:
+        return f"{self._what}: {self._groups[index].name(position)}"
+
+    @contextmanager
+    def _labelled(self, group: GroupStep, position: int) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, IndexError, FloatingPointError) as error:
+            raise type(error)(f"{self._label(group.index, position)}: {error}") from None
+
+    # ------------------------------------------------------------------------------- a pass
+
+    def _prepare(self, groups: Iterable[GroupStep], *, adds: bool) -> Pass:
+        """Check and allocate what this step does, or what closing its windows does."""
+        this = Pass(None)
+        if _native.C is not None:
+            this.native = _native.C.Step(self._faults, self._grad_scale, self._found_inf)
+        for group in groups:
+            rows = _NO_ROWS
+            if not adds:
+                rows = {window.param: window.rows for window in self._windows}
+            elif group.options["rows"] == "tracked":
+                rows = self._masks(group)
+            if adds and group.history is not None:
+                check_lazy(group.options)
+                group.history.check_room()
+            if not group.native:
+                rest: Iterable[int] = range(len(group.params))
+            else:
+                rest = self._add_to_native(this, group, adds, rows)
+                if rest and group.options["fused"]:
+                    raise RuntimeError(self._why_not_native(group, rest[0]))
+            if rest:
+                self._add_to_reference(this, group, rest, adds, rows)
+            if adds and group.window:
+                self._windows += window_rows(group, self._changes.state)
+        if this.native is not None:
+            this.native.prepare()
+        return this
+
+    def _masks(self, group: GroupStep) -> dict[Tensor, Tensor]:
+        """Return the mask ``[rows]`` of the used rows of each tracked parameter."""
+        masks: dict[Tensor, Tensor] = {}
+        for position, p in enumerate(group.params):
+            strided = p.grad is not None and p.grad.layout == torch.strided
+            if not strided or not is_row_lazy(p, group.options):
+                continue
+            used = self._tracked.get(p)
+            if used is None or not used.modules:
+                raise RuntimeError(
+                    f"{self._label(group.index, position)}: rows='tracked', but no module of the "
+                    "parameter is tracked; call optimizer.track(module)"
+                )
+            masks[p] = used.mask(p.device)
+        return masks
+
+    def _add_to_native(
+        self, this: Pass, group: GroupStep, adds: bool, rows: dict[Tensor, Tensor]
+    ) -> list[int]:
+        """Add a group to the native step; return the positions that have no native kernel."""
+        history = group.history
+        arguments = (
+            group.params,
+            self._changes.state,
+            group.index,
+            group.rule(adds),
+            group.lr,
+            rows,
+            None if history is None else history.native(),
+        )
+        without_state, rest, lagging = this.native.add_group(*arguments, None)
+        if without_state:
+            for position in without_state:
+                self._complete_state(this, group, position)
+                if history is not None:
+                    device = group.params[position].device
+                    history.place(device, many=group.options["capturable"])
+            lagging += this.native.add_group(*arguments, without_state)[2]
+        for position in lagging:
+            last_step = self._changes.state[group.params[position]]["last_step"]
+            this.behind.append((group, position, last_step))
+        return rest
+
+    def _add_to_reference(
+        self,
+        this: Pass,
+        group: GroupStep,
+        positions: Iterable[int],
+        adds: bool,
+        rows: dict[Tensor, Tensor],
+    ) -> None:
+        states = self._changes.state
+        for position in positions:
+            p = group.params[position]
+            if p.grad is None if adds else "window" not in states.get(p, {}):
+                continue
+            mask = rows.get(p) if adds else None
+            update = ReferenceUpdate(p, p.grad if adds else None, group, mask, {})
+            with self._labelled(group, position):
+                update.check()
+            if adds:
+                self._complete_state(this, group, position)
+            update.state = states[p]
+            with self._labelled(group, position):
+                update.check_state()
+            if not p.is_meta:
+                this.on_reference.append(update)
+
+    def _complete_state(self, this: Pass, group: GroupStep, position: int) -> None:
+        p = group.params[position]
+        states = self._changes.state
+        old = states[p].get("last_step") if p in states else None
+        try:
+            state = complete_state(p, group, self._changes)
+        except WindowError as error:
+            raise RuntimeError(f"{self._label(group.index, position)}: {error}") from None
+        if old is not None and state.get("last_step") is not old:
+            this.behind.append((group, position, old))  # the rows are divided anew
+
+    def _why_not_native(self, group: GroupStep, position: int) -> str:
+        p, label = group.params[position], self._label(group.index, position)
+        if p.device.type == "cuda" and not _native.C.build_info()["cuda"]:  # type: ignore[union-attr]
+            return (
+                f"{label}: fused=True, but this build of tiger_ext has no CUDA kernels (it was "
+                "compiled against a CPU torch or without a CUDA toolkit)"
+            )
+        assert p.grad is not None
+        return (
+            f"{label}: fused=True, but there is no native kernel for a {type(p).__name__} of dtype "
+            f"{p.dtype} on {p.device} with a gradient of dtype {p.grad.dtype} and layout "
+            f"{p.grad.layout}"
+        )

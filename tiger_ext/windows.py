@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Accumulation windows: which rows the micro-steps have touched, and the windows' clock.
+
+Group keys: ``windows``, those that were closed, and ``micro_steps``, those of the open one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tiger_ext.group_step import GroupStep
+from tiger_ext.state import unlisted
+
+__all__ = ["WindowRows", "advance_windows", "window_rows"]
+
+
+@dataclass
+class WindowRows:
+    """The rows that the gradients of the open window touched, ``[row_dims, entries]``."""
+
+    param: Tensor
+    group: GroupStep
+    rows: Tensor
+
+
+def window_rows(group: GroupStep, states: Mapping[Tensor, Any]) -> list[WindowRows]:
+    """Return the rows of the open windows once this step's gradients have been added."""
+    found = []
+    for p in group.params:
+        state = states.get(p)
+        if not state or "window" not in state or state["window"].dim() == 0:
+            continue
+        rows = state.get("window_rows")
+        g = p.grad
+        if g is not None and g.layout == torch.sparse_coo:
+            new = g._indices().detach().to(torch.int64)
+            if rows is None:
+                rows = new.clone()
+            elif rows.shape[0] > 0:
+                rows = torch.cat([rows, new], 1)
+        elif g is not None:
+            rows = unlisted(p)
+        if rows is not None:
+            found.append(WindowRows(p, group, rows))
+    return found
+
+
+def advance_windows(
+    groups: list[GroupStep], rows: list[WindowRows], states: Mapping[Tensor, Any]
+) -> None:
+    """Count the micro-step that was taken, and keep the rows of windows that stay open."""
+    for each in rows:
+        state = states[each.param]
+        if each.group.closes:
+            state.pop("window_rows", None)
+        else:
+            state["window_rows"] = each.rows
+    for group in groups:
+        if not group.window:
+            continue
+        options = group.options
+        # Both from the first micro-step on: distributed checkpointing fills what a fresh optimizer
+        # has after one.
+        options["windows"] = options.get("windows", 0) + group.closes
+        options["micro_steps"] = 0 if group.closes else options.get("micro_steps", 0) + 1

@@ -148,6 +148,7 @@ cmake-build: $(VENV)/.ready $(CUDA_VENV)/.ready
 	  $(BIN)/cmake --build build/cmake$$venv --target _C -j $(MAX_JOBS) || exit 1; done
 
 add-rule: $(VENV)/.ready
+	$(BIN)/python tests/add_rule.py build/add-rule
 
 # Uses the Python at hand, with its torch, and no network.
 gpu-check:

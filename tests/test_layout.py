@@ -5,6 +5,7 @@ import ast
 import re
 from pathlib import Path
 
+import add_rule
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -127,3 +128,17 @@ def test_the_table_of_the_readme_is_the_one_tested():
     for path in CODE:
         named = f"`{path.name}`" in text or f"`{path.stem}`" in text
         assert named or path.suffix == ".inl" or path.with_suffix(".cpp").exists(), path
+
+
+def test_adding_a_rule_is_as_short_as_the_docs_say(tmp_path):
+    diff = add_rule.documented_diff()
+    assert len(add_rule.added_lines(diff)) <= 40
+    add_rule.copy_with_diff(tmp_path / "copy")
+    options = (tmp_path / "copy" / "tiger_ext" / "options.py").read_text()
+    assert '"heavy_ball",' in options
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_files_that_the_docs_name_exist(page):
+    for name in re.findall(r"`((?:csrc|tiger_ext|tests|benchmarks)/[\w/.]*)`", page.read_text()):
+        assert (ROOT / name).exists(), name

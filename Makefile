@@ -27,7 +27,8 @@ BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 CPP_FILES := $(filter-out %.md,$(shell find csrc tests/cpp tests/cuda_on_cpu -type f \
   -not -name '*.py' -not -name '*.pyc'))
-# Tests on all cores, each file on one: some share an expensive start.
+# Tests on all cores, each file on one, as some share an expensive start; and torch on one thread,
+# but where a test asks for more. `make cuda-build` runs the same tests in turn, torch on all cores.
 PARALLEL := -n auto --dist loadfile
 BENCHMARKS := sparse dense small_tensors embedding_step embedding_options lazy clip
 
@@ -56,7 +57,7 @@ test-cpp: $(VENV)/.ready
 
 # The C++ tests first: pytest's closing line is the verdict's summary.
 test: build test-cpp
-	TIGER_EXT_REQUIRE_NATIVE=1 $(BIN)/python -m pytest $(PARALLEL) tests
+	OMP_NUM_THREADS=1 TIGER_EXT_REQUIRE_NATIVE=1 $(BIN)/python -m pytest $(PARALLEL) tests
 
 check: lint cuda-build cuda-on-cpu cmake-build add-rule
 
@@ -88,14 +89,15 @@ lint: $(VENV)/.lint
 # The sanitizers' runtimes must come first in the process, hence LD_PRELOAD; leaks of the interpreter
 # are not ours.
 SANITIZED := LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
-  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. TIGER_EXT_REQUIRE_NATIVE=1 OMP_NUM_THREADS=2
+  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. TIGER_EXT_REQUIRE_NATIVE=1
 PYTEST := -m pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR)
 
 sanitize: $(VENV)/.ready
 	rm -rf build/sanitize
 	TIGER_EXT_SANITIZE=address,undefined $(BIN)/python setup.py -q build \
 	  --build-lib build/sanitize/lib --build-temp build/sanitize/temp
-	cd build/sanitize/lib && $(SANITIZED) $(CURDIR)/$(BIN)/python $(PYTEST) $(PARALLEL) \
+	cd build/sanitize/lib && OMP_NUM_THREADS=2 $(SANITIZED) \
+	  $(CURDIR)/$(BIN)/python $(PYTEST) \
 	  $(CURDIR)/tests/test_rows.py $(CURDIR)/tests/test_dense.py
 
 # Every CUDA kernel, compiled by the host compiler and run by the emulator in tests/cuda_on_cpu.
@@ -103,6 +105,8 @@ EMULATED := test_dense test_rows test_determinism test_optimizer
 EMULATED_NATIVE := test_directions test_relative_lr test_accumulation test_touched_rows test_nonfinite
 EMULATED_LAZY := test_lazy test_history test_grad_scaler test_checkpointing test_schedulers \
   test_torch_contract_lazy
+EMULATE = cd build/cuda-on-cpu/lib && OMP_NUM_THREADS=1 TIGER_EXT_CUDA_ON_CPU=1 $(SANITIZED) \
+  $(CURDIR)/$(BIN)/python $(PYTEST) $(PARALLEL)
 cuda-on-cpu: $(VENV)/.ready
 	rm -rf build/cuda-on-cpu && mkdir -p build/cuda-on-cpu
 	g++ -std=c++20 -O1 -g1 -Wall -Wextra -fsanitize=address,undefined -fno-sanitize-recover=all \
@@ -111,12 +115,9 @@ cuda-on-cpu: $(VENV)/.ready
 	build/cuda-on-cpu/selftest
 	TIGER_EXT_SANITIZE=address,undefined $(BIN)/python tests/cuda_on_cpu/setup.py -q build \
 	  --build-lib build/cuda-on-cpu/lib --build-temp build/cuda-on-cpu/temp
-	cd build/cuda-on-cpu/lib && TIGER_EXT_CUDA_ON_CPU=1 $(SANITIZED) $(CURDIR)/$(BIN)/python $(PYTEST) $(PARALLEL) \
-	  $(CURDIR)/tests/cuda_on_cpu $(EMULATED:%=$(CURDIR)/tests/%.py)
-	cd build/cuda-on-cpu/lib && TIGER_EXT_CUDA_ON_CPU=1 $(SANITIZED) $(CURDIR)/$(BIN)/python $(PYTEST) $(PARALLEL) \
-	  $(EMULATED_NATIVE:%=$(CURDIR)/tests/%.py) -k "not reference and not memory"
-	cd build/cuda-on-cpu/lib && TIGER_EXT_CUDA_ON_CPU=1 $(SANITIZED) $(CURDIR)/$(BIN)/python $(PYTEST) $(PARALLEL) \
-	  $(EMULATED_LAZY:%=$(CURDIR)/tests/%.py) \
+	$(EMULATE) $(CURDIR)/tests/cuda_on_cpu $(EMULATED:%=$(CURDIR)/tests/%.py)
+	$(EMULATE) $(EMULATED_NATIVE:%=$(CURDIR)/tests/%.py) -k "not reference and not memory"
+	$(EMULATE) $(EMULATED_LAZY:%=$(CURDIR)/tests/%.py) \
 	  -k "not reference and not False and not fresh_process and not spawned"
 
 $(CUDA_VENV)/.ready: requirements/test.txt requirements/cuda.txt
@@ -138,7 +139,7 @@ cuda-build: $(CUDA_VENV)/.ready
 	cd build/cuda/run && PYTHONPATH=../lib TIGER_EXT_REQUIRE_NATIVE=1 \
 	  ../../../$(CUDA_VENV)/bin/python -m tiger_ext
 	cd build/cuda/run && PYTHONPATH=$(CURDIR)/build/cuda/lib TIGER_EXT_REQUIRE_NATIVE=1 \
-	  $(CURDIR)/$(CUDA_VENV)/bin/python $(PYTEST) $(PARALLEL) $(CURDIR)/tests
+	  $(CURDIR)/$(CUDA_VENV)/bin/python $(PYTEST) $(CURDIR)/tests
 
 cmake-build: $(VENV)/.ready $(CUDA_VENV)/.ready
 	for venv in $(VENV) $(CUDA_VENV); do $(BIN)/cmake -S . -B build/cmake$$venv -G Ninja \

@@ -10,6 +10,7 @@
 #include <functional>
 #include <vector>
 
+#include "rules/rule_list.h"
 #include "step/faults.h"
 #include "step/items.h"
 

@@ -20,10 +20,10 @@ using AllRules = RuleList<SignMomentum, Momentum, AdamW, AdamWWithoutMoment1, Sh
 // A rule's place in the list.
 template <typename Rule, template <typename> class... Rules>
 constexpr RuleKind kind_in(RuleList<Rules...>) {
+  const bool same[] = {std::is_same_v<Rule, Rules<float>> ||
+                       std::is_same_v<Rule, Rules<double>>...};
   int place = 0;
-  ((std::is_same_v<Rule, Rules<float>> || std::is_same_v<Rule, Rules<double>> ||
-    (++place, false)) ||
-   ...);
+  while (place < static_cast<int>(sizeof...(Rules)) && !same[place]) ++place;
   return static_cast<RuleKind>(place);
 }
 template <typename Rule>
@@ -32,7 +32,9 @@ constexpr RuleKind kKindOf = kind_in<Rule>(AllRules());
 // Calls f.template operator()<T, Rule>() for the rule of this kind.
 template <typename T, typename F, template <typename> class... Rules>
 TIGER_EXT_INLINE void with_rule_in(RuleList<Rules...>, RuleKind kind, const F& f) {
-  ((kind == kKindOf<Rules<T>> && (f.template operator()<T, Rules<T>>(), true)) || ...);
+  const bool found =
+      ((kind == kKindOf<Rules<T>> && (f.template operator()<T, Rules<T>>(), true)) || ...);
+  static_cast<void>(found);
 }
 template <typename T, typename F>
 TIGER_EXT_INLINE void with_rule(RuleKind kind, const F& f) {

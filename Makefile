@@ -27,9 +27,9 @@ BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 CPP_FILES := $(filter-out %.md,$(shell find csrc tests/cpp tests/cuda_on_cpu -type f \
   -not -name '*.py' -not -name '*.pyc'))
-# Tests on all cores, each file on one, as some share an expensive start; and torch on one thread,
-# but where a test asks for more. `make cuda-build` runs the same tests in turn, torch on all cores.
-PARALLEL := -n auto --dist loadfile
+# Tests on all cores, and torch on one thread but where a test asks for more. `make cuda-build` runs
+# the same tests in turn, with torch on all cores.
+PARALLEL := -n auto --dist worksteal
 BENCHMARKS := sparse dense small_tensors embedding_step embedding_options lazy clip
 
 .PHONY: all build demo test test-cpp check bench wheel lint sanitize cuda-build cuda-on-cpu \
@@ -141,12 +141,17 @@ cuda-build: $(CUDA_VENV)/.ready
 	cd build/cuda/run && PYTHONPATH=$(CURDIR)/build/cuda/lib TIGER_EXT_REQUIRE_NATIVE=1 \
 	  $(CURDIR)/$(CUDA_VENV)/bin/python $(PYTEST) $(CURDIR)/tests
 
+# For CUDA to PTX only: `make cuda-build` goes further.
+CMAKE_TORCH = $(BIN)/cmake -S . -B build/cmake-$(1) -G Ninja -DTIGER_EXT_TORCH=ON \
+  -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DPython_EXECUTABLE=$(CURDIR)/$(2)/bin/python \
+  -DCMAKE_CUDA_COMPILER=$(CUDA_HOME)/bin/nvcc -DCMAKE_CUDA_ARCHITECTURES=90-virtual \
+  && $(BIN)/cmake --build build/cmake-$(1) --target _C -j $(MAX_JOBS)
 cmake-build: $(VENV)/.ready $(CUDA_VENV)/.ready
-	for venv in $(VENV) $(CUDA_VENV); do $(BIN)/cmake -S . -B build/cmake$$venv -G Ninja \
-	  -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DTIGER_EXT_TORCH=ON \
-	  -DPython_EXECUTABLE=$(CURDIR)/$$venv/bin/python -DCMAKE_CUDA_COMPILER=$(CUDA_HOME)/bin/nvcc \
-	  -DCMAKE_CUDA_ARCHITECTURES=90 || exit 1; \
-	  $(BIN)/cmake --build build/cmake$$venv --target _C -j $(MAX_JOBS) || exit 1; done
+	$(call CMAKE_TORCH,cpu,$(VENV))
+	cd build/cmake-cpu && PYTHONPATH=. TIGER_EXT_REQUIRE_NATIVE=1 $(CURDIR)/$(BIN)/python -m tiger_ext
+	$(call CMAKE_TORCH,cuda,$(CUDA_VENV))
+	cd build/cmake-cuda && PYTHONPATH=. TIGER_EXT_REQUIRE_NATIVE=1 \
+	  $(CURDIR)/$(CUDA_VENV)/bin/python -m tiger_ext
 
 add-rule: $(VENV)/.ready
 	$(BIN)/python tests/add_rule.py build/add-rule

@@ -108,6 +108,12 @@ def catch_up(
 
 def build_info() -> dict[str, Any]: ...
 def cpu_isa() -> str: ...
+def is_recorded() -> bool:
+    """Return whether a profiler or another observer records functions in this thread."""
+
+def rule_forms() -> dict[str, list[list[str]]]:
+    """Return the state names of each form of each family of rules."""
+
 def advise_huge_pages(data: int, bytes: int, in_use: bool) -> None: ...
 def row_norms(grads: list[Tensor], p: float) -> Tensor:
     """The p-norms, float64 [grads], of sparse gradients on the CPU; rows are summed on the way."""

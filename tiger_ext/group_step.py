@@ -52,7 +52,9 @@ class GroupStep:
         self.params: list[Tensor] = options["params"]
         self.history: History | None = None
         if options["lazy"] != "frozen":
-            self.history = options.setdefault("history", History())
+            self.history = options.get("history")
+            if self.history is None:
+                self.history = options["history"] = History()
         self.micro_steps: int = options.get("accumulation_steps", 1)
         self.window, self.closes = 0, False
         if self.micro_steps > 1:
@@ -61,8 +63,8 @@ class GroupStep:
         self.native = _native.C is not None and options["fused"] is not False
 
     @property
-    def counts(self) -> bool:
-        """Whether the history takes the present step."""
+    def counts_in_history(self) -> bool:
+        """Whether the present step is one of the history's: micro-steps count once a window."""
         return self.window == 0 or self.closes
 
     @property
@@ -78,7 +80,7 @@ class GroupStep:
         return moments_of(self.options)
 
     def moves(self, adds: bool) -> bool:
-        """Return whether the parameters move while gradients are added, or not."""
+        """Return whether parameters move in the pass that adds gradients, or in the one after."""
         return self.window == 0 or not adds
 
     def rule(self, adds: bool) -> Any:

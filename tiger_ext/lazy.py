@@ -133,10 +133,12 @@ def flush(groups: Iterable[GroupStep], changes: StateChanges, progress: bool | N
 
 
 def _has_clock(p: Tensor, group: GroupStep, changes: StateChanges) -> bool:
-    """Create the state of a trainable parameter that has none yet; its rows age as well."""
-    if p.requires_grad and "last_step" not in changes.state.get(p, {}):
-        complete_state(p, group, changes)
-    return "last_step" in changes.state.get(p, {})
+    """Create what a trainable parameter's state lacks; rows that were never touched age as well."""
+    state = changes.state.get(p, {})
+    wanted = ("last_step", *(moment.name for moment in group.moments()))
+    if p.requires_grad and not all(name in state for name in wanted):
+        state = complete_state(p, group, changes)
+    return "last_step" in state
 
 
 # ----------------------------------------------------------------------------------- histories
@@ -162,7 +164,7 @@ def prepare_advance(lazy: Iterable[GroupStep], states: Mapping[Tensor, Any], nat
     for group in lazy:
         history = group.history
         assert history is not None
-        if not group.counts or not history.on_devices:
+        if not group.counts_in_history or not history.on_devices:
             continue
         options, betas = group.options, group.options["betas"]
         weight_decay = float(options["weight_decay"])
@@ -182,7 +184,7 @@ def advance_histories(
     if native is not None:
         native.advance()
     for group in lazy:
-        if not group.counts:
+        if not group.counts_in_history:
             continue
         history, lr = group.history, group.lr
         assert history is not None

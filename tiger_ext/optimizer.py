@@ -8,6 +8,7 @@ date, ``state`` creates what a parameter has. docs/design.md follows a gradient 
 from __future__ import annotations
 
 import functools
+import itertools
 import weakref
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -121,10 +122,17 @@ class MixedOptimizer(torch.optim.Optimizer):
         observed = torch.optim.Optimizer.profile_hook_step(func)
 
         @functools.wraps(func)
-        def step(*args: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_compiling() or _is_observed(args[0]):
-                return observed(*args, **kwargs)
-            return func(*args, **kwargs)
+        def step(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling() or _is_recorded() or _has_hooks(self):
+                return observed(self, *args, **kwargs)
+            out = func(self, *args, **kwargs)
+            if _has_hooks(self):  # the closure has registered one
+                for hook in itertools.chain(
+                    self._optimizer_step_post_hooks.values(),
+                    torch_optimizer._global_optimizer_post_hooks.values(),
+                ):
+                    hook(self, (self, *args), kwargs)
+            return out
 
         return step
 
@@ -152,8 +160,10 @@ class MixedOptimizer(torch.optim.Optimizer):
         for used in tracked.values():
             used.clear()
 
-    def _groups(self) -> list[GroupStep]:
-        return [GroupStep(index, group) for index, group in enumerate(self.param_groups)]
+    def _lazy_groups(self) -> list[GroupStep]:
+        """Return the groups whose rows may be behind."""
+        groups = enumerate(self.param_groups)
+        return [GroupStep(index, group) for index, group in groups if group["lazy"] != "frozen"]
 
     def _faults(self) -> Any:
         """Return the place where a GPU reports bad row indices; not part of any state dict."""
@@ -191,9 +201,10 @@ class MixedOptimizer(torch.optim.Optimizer):
             raise TypeError(
                 f"{type(module).__name__} has no tensor `weight`: pass the table as `parameter`"
             )
-        for group in self._groups():
-            for position, p in enumerate(group.params):
+        for index, options in enumerate(self.param_groups):
+            for position, p in enumerate(options["params"]):
                 if p is table:
+                    group = GroupStep(index, options)
                     rows = len(p) if p.dim() else 1
                     used = UsedRows(group.name(position), rows, group.index)
                     used.current = group.history is not None and not group.history.started
@@ -212,7 +223,7 @@ class MixedOptimizer(torch.optim.Optimizer):
         """Bring the rows that a tracked module is about to read up to date."""
         used = self._used_rows().get(p)
         if used is None or not used.current or is_capturing():
-            lazy.catch_up_ids(p, ids, self._groups(), self._changes())
+            lazy.catch_up_ids(p, ids, self._lazy_groups(), self._changes())
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -237,8 +248,8 @@ class MixedOptimizer(torch.optim.Optimizer):
             try:
                 _native.C.Step(self._faults(), None, None)
             except _native.C.UpdateError as error:
-                raise _native.translated(error, self._name) from None
-        lazy.flush(self._groups(), self._changes(), progress)
+                raise _native.translated(error, self._label) from None
+        lazy.flush(self._lazy_groups(), self._changes(), progress)
         for used in self._used_rows().values():
             history = GroupStep(used.group, self.param_groups[used.group]).history
             used.current = history is not None and not history.replayed
@@ -246,7 +257,7 @@ class MixedOptimizer(torch.optim.Optimizer):
     def _changes(self) -> StateChanges:
         return StateChanges(self.state, f"a read of {type(self).__name__}'s rows")
 
-    def _name(self, index: int, position: int) -> str:
+    def _label(self, index: int, position: int) -> str:
         group = GroupStep(index, self.param_groups[index])
         return f"{type(self).__name__}.step: {group.name(position)}"
 
@@ -320,11 +331,15 @@ class MixedOptimizer(torch.optim.Optimizer):
                 group["history"] = History.of(group["history"])
 
 
-def _is_observed(optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether a step has hooks or is profiled."""
+def _is_recorded() -> bool:
+    """Return whether a profiler or another observer listens."""
+    return _native.C is None or _native.C.is_recorded()
+
+
+def _has_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether anything is to be called before or after a step."""
     return bool(
-        torch.autograd._profiler_enabled()
-        or torch_optimizer._global_optimizer_pre_hooks
+        torch_optimizer._global_optimizer_pre_hooks
         or torch_optimizer._global_optimizer_post_hooks
         or optimizer._optimizer_step_pre_hooks
         or optimizer._optimizer_step_post_hooks

@@ -65,7 +65,8 @@ class Algorithm:
         moments: its state tensors, in the order of the compiled rule's.
         defaults: its options.
         counts_steps: whether the state has a counter ``step`` for each parameter.
-        closed_form: whether skipped steps are sign steps, which ``lazy="exact"`` makes up for.
+        closed_form: whether skipped steps are sign steps, which ``lazy="exact"`` makes up for; only
+            of rules that derive from Momentum (csrc/rules/update_rules.h).
     """
 
     name: str
@@ -265,13 +266,16 @@ def check_lazy(group: Mapping[str, Any]) -> None:
     lazy = group["lazy"]
     if lazy == "frozen":
         return
+    legal, expected = _CHECKS["lazy"]
+    if not legal(lazy):
+        raise ValueError(f"lazy={lazy!r}: expected {expected}")
     if lazy == "exact":
         if not algorithm_of(group["algorithm"]).closed_form:
             raise ValueError(
                 f"lazy='exact': {group['algorithm']} has no closed form of skipped steps; expected "
                 "'frozen' or 'decay'"
             )
-        if group["direction"] != "sign":
+        if group.get("direction", "sign") != "sign":
             raise ValueError(f"lazy='exact' needs direction='sign', got {group['direction']!r}")
         if not all(beta > 0 for beta in group["betas"]):
             raise ValueError(f"lazy='exact' needs betas > 0, got betas={group['betas']!r}")
@@ -303,6 +307,8 @@ def direction_scale(group: Mapping[str, Any]) -> float:
     """Return the group's kappa; 1 where its algorithm has no direction."""
     if "direction" not in group:
         return 1.0
+    if group["direction"] not in DIRECTION_SCALES:
+        check_option("direction", group["direction"], algorithm_of(group["algorithm"]))
     scale: float | None = group["direction_scale"]
     return DIRECTION_SCALES[group["direction"]] if scale is None else scale
 

@@ -6,6 +6,8 @@ exp_avg    the parameter's shape        first moment (momentum)
 exp_avg_sq the parameter's shape        AdamW: second moment
 step       0-dim, int64                 AdamW: the parameter's steps so far
 window     int32, a number a row or one accumulation: the window it was last part of
+window_rows int64, [row dims, entries]  accumulation with sparse gradients: the rows that the open
+                                        window has touched; [0, 0]: see `window`
 last_step  int32, a number a row or one lazy modes: the step up to which it is current; -1 minus
                                         that if no gradient has touched it
 ========== ============================ =====================================================

@@ -167,14 +167,14 @@ class Step:
         if _native.C is not None:
             this.native = _native.C.Step(self._faults, self._grad_scale, self._found_inf)
         for group in groups:
+            if adds and group.history is not None:
+                check_lazy(group.options)
+                group.history.check_room()
             rows = _NO_ROWS
             if not adds:
                 rows = {window.param: window.rows for window in self._windows}
             elif group.options["rows"] == "tracked":
                 rows = self._masks(group)
-            if adds and group.history is not None:
-                check_lazy(group.options)
-                group.history.check_room()
             if not group.native:
                 rest: Iterable[int] = range(len(group.params))
             else:
@@ -226,7 +226,13 @@ class Step:
                 if history is not None:
                     device = group.params[position].device
                     history.place(device, many=group.options["capturable"])
-            lagging += this.native.add_group(*arguments, without_state)[2]
+            still_without, _, late = this.native.add_group(*arguments, without_state)
+            if still_without:
+                raise RuntimeError(
+                    f"{self._label(group.index, still_without[0])}: its state lacks what the "
+                    "compiled module wants"
+                )
+            lagging += late
         for position in lagging:
             last_step = self._changes.state[group.params[position]]["last_step"]
             this.behind.append((group, position, last_step))

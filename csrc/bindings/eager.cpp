@@ -49,35 +49,54 @@ PyObject* interned(const char* name) {
   return object;
 }
 
-// The options of a parameter group that its algorithm has; others keep their value.
+// The options of a parameter group. Those that only some algorithms have may be missing, and keep
+// their value.
 class Options {
  public:
   explicit Options(const py::dict& group) : group_(group.ptr()) {}
 
-  template <typename T>
-  void number(const char* name, T& value) const {
-    if (PyObject* found = find(name)) value = py::handle(found).cast<T>();
-  }
-  // One of `names`, which stand in the order of the enumeration; None is the first.
-  template <typename Enum, size_t kCount>
-  void choice(const char* name, const char* const (&names)[kCount], Enum& value) const {
-    PyObject* found = find(name);
-    if (!found || found == Py_None) return;
-    for (size_t k = 0; k < kCount; ++k)
-      if (PyUnicode_Check(found) && PyUnicode_CompareWithASCIIString(found, names[k]) == 0) {
-        value = static_cast<Enum>(k);
-        return;
-      }
-    throw py::value_error(std::string(name) + "=" + py::repr(found).cast<std::string>() +
-                          " is unknown");
-  }
   PyObject* find(const char* name) const {
     PyObject* found = PyDict_GetItemWithError(group_, interned(name));
     if (!found && PyErr_Occurred()) throw py::error_already_set();
     return found;
   }
+  py::handle get(const char* name) const {
+    if (PyObject* found = find(name)) return found;
+    throw py::key_error(name);
+  }
+
+  template <typename T>
+  static T number(const char* name, py::handle value) {
+    try {
+      return value.cast<T>();
+    } catch (const py::cast_error&) {
+      throw py::type_error(said(name, value) + ": expected a number");
+    }
+  }
+  template <typename T>
+  void number(const char* name, T& value) const {
+    if (PyObject* found = find(name)) value = number<T>(name, found);
+  }
+  // One of `names`, which stand in the order of the enumeration; null is None.
+  template <typename Enum, size_t kCount>
+  static Enum choice(const char* name, py::handle value, const char* const (&names)[kCount]) {
+    for (size_t k = 0; k < kCount; ++k)
+      if (names[k] ? PyUnicode_Check(value.ptr()) &&
+                         PyUnicode_CompareWithASCIIString(value.ptr(), names[k]) == 0
+                   : value.is_none())
+        return static_cast<Enum>(k);
+    throw py::value_error(said(name, value) + " is unknown");
+  }
+  template <typename Enum, size_t kCount>
+  void choice(const char* name, const char* const (&names)[kCount], Enum& value) const {
+    if (PyObject* found = find(name)) value = choice<Enum>(name, found, names);
+  }
 
  private:
+  static std::string said(const char* name, py::handle value) {
+    return std::string(name) + '=' + py::repr(value).cast<std::string>();
+  }
+
   PyObject* group_;
 };
 
@@ -86,19 +105,19 @@ RuleParams make_rule(const std::string& family, const py::dict& group, double di
                      int32_t window, int64_t micro_steps, bool adds) {
   const Options options(group);
   RuleParams r;
-  const py::sequence betas = py::reinterpret_borrow<py::sequence>(options.find("betas"));
-  r.beta1 = betas[0].cast<double>();
-  r.beta2 = betas[betas.size() - 1].cast<double>();
+  const py::handle betas = options.get("betas");
+  r.beta1 = Options::number<double>("betas", betas[py::int_(0)]);
+  r.beta2 = Options::number<double>("betas", betas[py::int_(-1)]);
   options.number("eps", r.eps);
-  options.number("weight_decay", r.weight_decay);
-  bool maximize = false;
-  options.number("maximize", maximize);
-  r.grad_factor = maximize ? -1.0 : 1.0;
-  options.choice("rows", {"all", "nonzero", "tracked"}, r.touched);
-  options.choice("nonfinite", {"propagate", "skip", "shrink", "raise"}, r.nonfinite);
+  r.weight_decay = Options::number<double>("weight_decay", options.get("weight_decay"));
+  r.grad_factor = Options::number<bool>("maximize", options.get("maximize")) ? -1.0 : 1.0;
+  r.touched =
+      Options::choice<Touched>("rows", options.get("rows"), {nullptr, "nonzero", "tracked"});
+  r.nonfinite = Options::choice<Nonfinite>("nonfinite", options.get("nonfinite"),
+                                           {"propagate", "skip", "shrink", "raise"});
   options.number("shrink_ratio", r.shrink_ratio);
   options.number("shrink_to", r.shrink_to);
-  options.choice("scale", {"none", "rms", "rms_rows"}, r.scale);
+  options.choice("scale", {nullptr, "rms", "rms_rows"}, r.scale);
   options.number("rms_floor", r.rms_floor);
   options.choice("direction", {"sign", "clip", "power", "atan"}, r.direction);
   r.direction_scale = direction_scale;
@@ -107,10 +126,8 @@ RuleParams make_rule(const std::string& family, const py::dict& group, double di
   r.adds = adds;
   r.decays = adds;
   r.moves = window == 0 || !adds;
-  options.choice("lazy", {"frozen", "decay", "exact"}, r.lazy);
+  r.lazy = Options::choice<Lazy>("lazy", options.get("lazy"), {"frozen", "decay", "exact"});
   r.kind = kind_for(family, r);
-  if (static_cast<int>(r.kind) == kRuleCount)
-    throw py::value_error("there is no rule '" + family + "'");
   return r;
 }
 
@@ -177,9 +194,15 @@ class Step {
       const int64_t i = positions ? (*positions)[n] : n;
       PyObject* object = PyList_GET_ITEM(params.ptr(), i);
       u.param = tensor(object);
+      PyObject* own = PyDict_GetItemWithError(state.ptr(), object);
       if (rule.adds) {
         if (!u.param.unsafeGetTensorImpl()->grad().defined()) continue;
         u.grad = materialized(u.param.unsafeGetTensorImpl()->grad());
+      }
+      // Without a gradient only what is in a window takes part.
+      if (!rule.adds && !(own && PyDict_Check(own) && PyDict_Contains(own, window_key) == 1)) {
+        if (PyErr_Occurred()) throw py::error_already_set();
+        continue;
       }
       DeviceStep* device = device_step(u.param.device().type());
       const bool sparse = rule.adds && u.grad.layout() == at::kSparse;
@@ -191,7 +214,6 @@ class Step {
       }
 
       u.position = static_cast<int>(i);
-      PyObject* own = PyDict_GetItemWithError(state.ptr(), object);
       bool complete = own && PyDict_Check(own);
       for (int k = 0; k < names.states && complete; ++k) complete = read(own, keys[k], u.states[k]);
       if (names.counts_steps && complete) complete = read(own, step_key, u.step);
@@ -269,10 +291,11 @@ class Step {
   }
 
   // Steps of groups in a lazy mode: (history, group, lr, weight_decay, first beta, last beta).
-  using GroupStep =
+  using HistoryUse =
       std::tuple<std::shared_ptr<GroupHistory>, int, py::object, double, double, double>;
 
-  void will_advance(const std::vector<GroupStep>& groups, const std::vector<at::Tensor>& counters) {
+  void will_advance(const std::vector<HistoryUse>& groups,
+                    const std::vector<at::Tensor>& counters) {
     struct Work {
       std::vector<HistoryStep> steps;
       std::vector<at::Tensor> counters;
@@ -335,7 +358,7 @@ class Step {
 }  // namespace
 
 void bind_eager(py::module_& m) {
-  // Arguments: kind of error, group, position, message. tiger_ext.optimizer adds the name.
+  // Arguments: kind of error, group, position, message. tiger_ext._native.translated adds the name.
   static auto* update_error = new py::object(py::reinterpret_steal<py::object>(
       PyErr_NewException("tiger_ext._C.UpdateError", nullptr, nullptr)));
   m.attr("UpdateError") = *update_error;

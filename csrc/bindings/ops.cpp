@@ -14,6 +14,7 @@
 // A state that the form of the rule for these numbers does not have is an empty list.
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/record_function.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
@@ -219,6 +220,16 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       },
       pybind11::arg("data"), pybind11::arg("bytes"), pybind11::arg("in_use"));
   m.def("cpu_isa", [] { return cpu_kernels().name; });
+  m.def("is_recorded", [] { return at::hasCallbacks(); });
+  m.def("rule_forms", [] {
+    std::map<std::string, std::vector<std::vector<std::string>>> forms;
+    for (int kind = 0; kind < kRuleCount; ++kind) {
+      const RuleInfo& info = rule_info(static_cast<RuleKind>(kind));
+      if (info.family)
+        forms[info.family].emplace_back(info.state_names, info.state_names + info.states);
+    }
+    return forms;
+  });
 }
 
 }  // namespace tiger_ext

@@ -12,11 +12,11 @@
 #include <algorithm>
 #include <vector>
 
-#include "step/checks.h"
 #include "cpu/long_runs.h"
 #include "cpu/parallel.h"
-#include "step/row_norms.h"
 #include "cpu/row_plan.h"
+#include "step/checks.h"
+#include "step/row_norms.h"
 
 namespace tiger_ext {
 namespace {

@@ -9,11 +9,11 @@
 #include <memory>
 #include <vector>
 
-#include "step/checks.h"
-#include "step/item_builder.h"
 #include "cpu/parallel.h"
 #include "cpu/roads.h"
 #include "cpu/row_plan.h"
+#include "step/checks.h"
+#include "step/item_builder.h"
 #include "step/step.h"
 
 namespace tiger_ext {

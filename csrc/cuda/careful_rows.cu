@@ -365,7 +365,7 @@ void run_all(const std::vector<CarefulRows>& rows, const SortedEntriesCuda& sort
              const DeviceContext& context) {
   if (rows.empty()) return;
   // Care costs more than what a plain form saves.
-  for_each_typed_rule([&]<typename T, typename Rule>() {
+  for_each_type_and_rule([&]<typename T, typename Rule>() {
     if constexpr (std::is_same_v<Rule, typename Rule::General>)
       run<T, Rule>(rows, sorted, bad, context);
   });

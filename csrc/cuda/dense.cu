@@ -223,7 +223,7 @@ void DenseRoadCuda::prepare(const std::vector<DenseItem>& items, const DeviceCon
 }
 
 void DenseRoadCuda::run(const RulesOnDevice& rules) const {
-  for_each_typed_rule([&]<typename T, typename Rule>() {
+  for_each_type_and_rule([&]<typename T, typename Rule>() {
     Works<T, Rule> works;
     for (size_t i = 0; i < items_->size(); ++i) {
       const DenseItem& item = (*items_)[i];

@@ -4,8 +4,8 @@
 #include <ATen/core/Tensor.h>
 #include <cuda_runtime.h>
 
-#include "step/group_history.h"
 #include "cuda/lazy.h"
+#include "step/group_history.h"
 #include "step/step.h"
 
 namespace tiger_ext {

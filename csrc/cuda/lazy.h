@@ -9,9 +9,9 @@
 #include <cstdint>
 #include <vector>
 
+#include "cuda/roads.h"
 #include "rules/history.h"
 #include "step/items.h"
-#include "cuda/roads.h"
 
 namespace tiger_ext {
 

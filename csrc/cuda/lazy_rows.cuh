@@ -4,9 +4,9 @@
 // and what a row that is behind it has missed.
 #pragma once
 
+#include "cuda/multi_tensor.cuh"
 #include "rules/history.h"
 #include "step/items.h"
-#include "cuda/multi_tensor.cuh"
 
 namespace tiger_ext {
 

@@ -395,7 +395,7 @@ void RowsRoadCuda::run(const RulesOnDevice& rules) const {
   if (!items_) return;
   sum_long_runs<float>(*items_, sums_, sorted_, context_->stream);
   sum_long_runs<double>(*items_, sums_, sorted_, context_->stream);
-  for_each_typed_rule([&]<typename T, typename Rule>() {
+  for_each_type_and_rule([&]<typename T, typename Rule>() {
     if constexpr (!Rule::kDirected) {  // they need care
       Works<T, Rule, false> works;
       Works<T, Rule, true> lazy_works;

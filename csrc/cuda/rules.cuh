@@ -6,9 +6,9 @@
 // never waits and a captured graph follows the values of each replay.
 #pragma once
 
-#include "step/items.h"
-#include "rules/rule_list.h"
 #include "cuda/roads.h"
+#include "rules/rule_list.h"
+#include "step/items.h"
 
 namespace tiger_ext {
 
@@ -39,9 +39,9 @@ __device__ __forceinline__ bool step_cancelled(const float* found_inf) {
 
 // Every pair of arithmetic type and rule: calls f.template operator()<T, Rule>().
 template <typename F>
-void for_each_typed_rule(const F& f) {
-  for_each_rule<float>(f);
-  for_each_rule<double>(f);
+void for_each_type_and_rule(const F& f) {
+  for_each_stateful_rule<float>(f);
+  for_each_stateful_rule<double>(f);
 }
 
 // Whether a parameter is one for this pair.

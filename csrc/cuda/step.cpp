@@ -15,12 +15,12 @@
 #include <string>
 #include <vector>
 
-#include "step/checks.h"
 #include "cuda/fault_memory.h"
 #include "cuda/history.h"
-#include "step/item_builder.h"
 #include "cuda/lazy.h"
 #include "cuda/roads.h"
+#include "step/checks.h"
+#include "step/item_builder.h"
 #include "step/step.h"
 
 namespace tiger_ext {

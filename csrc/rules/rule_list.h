@@ -4,6 +4,8 @@
 // their state, dispatch on both devices, the ops and their schemas. Host and device, no torch.
 #pragma once
 
+#include <stdexcept>
+#include <string>
 #include <string_view>
 #include <type_traits>
 
@@ -20,10 +22,13 @@ using AllRules = RuleList<SignMomentum, Momentum, AdamW, AdamWWithoutMoment1, Sh
 // A rule's place in the list.
 template <typename Rule, template <typename> class... Rules>
 constexpr RuleKind kind_in(RuleList<Rules...>) {
+  static_assert(
+      ((std::is_same_v<Rule, Rules<float>> || std::is_same_v<Rule, Rules<double>>) || ...),
+      "the rule is not in the list");
   const bool same[] = {std::is_same_v<Rule, Rules<float>> ||
                        std::is_same_v<Rule, Rules<double>>...};
   int place = 0;
-  while (place < static_cast<int>(sizeof...(Rules)) && !same[place]) ++place;
+  while (!same[place]) ++place;
   return static_cast<RuleKind>(place);
 }
 template <typename Rule>
@@ -43,15 +48,15 @@ TIGER_EXT_INLINE void with_rule(RuleKind kind, const F& f) {
 
 // Calls f.template operator()<T, Rule>() for every rule that has state.
 template <typename T, typename F, template <typename> class... Rules>
-void for_each_rule_in(RuleList<Rules...>, const F& f) {
+void for_each_stateful_rule_in(RuleList<Rules...>, const F& f) {
   const auto call = [&]<typename Rule>() {
     if constexpr (Rule::kStates > 0) f.template operator()<T, Rule>();
   };
   (call.template operator()<Rules<T>>(), ...);
 }
 template <typename T, typename F>
-void for_each_rule(const F& f) {
-  for_each_rule_in<T>(AllRules(), f);
+void for_each_stateful_rule(const F& f) {
+  for_each_stateful_rule_in<T>(AllRules(), f);
 }
 
 // What those know of a rule that have its kind alone.
@@ -71,12 +76,17 @@ constexpr RuleInfo info_of() {
   RuleInfo info;
   info.states = Rule::kStates;
   if constexpr (Rule::kStates > 0) {
+    using General = typename Rule::General;
+    static_assert(std::is_same_v<General, typename General::General>);
+    static_assert(Rule::kStates == General::kStates && Rule::kFamily == General::kFamily &&
+                      std::is_base_of_v<General, Rule>,
+                  "a rule that derives from another one must say what its General is");
     info.family = Rule::kFamily;
     for (int k = 0; k < Rule::kStates; ++k) info.state_names[k] = Rule::kStateNames[k];
     info.counts_steps = Rule::kCountsSteps;
     info.has_eps = Rule::kHasEps;
     info.directed = Rule::kDirected;
-    info.general = kKindOf<typename Rule::General>;
+    info.general = kKindOf<General>;
     info.fits = &Rule::fits;
   }
   return info;
@@ -96,14 +106,14 @@ inline const RuleInfo& rule_info(RuleKind kind) {
   return RuleInfos<AllRules>::kInfos[static_cast<int>(kind)];
 }
 
-// The kind of a family's rule for these parameters; kRuleCount if there is no such family.
+// The kind of a family's rule for these parameters. Throws std::invalid_argument if there is none.
 inline RuleKind kind_for(std::string_view family, const RuleParams& params) {
-  int kind = 0;
-  for (; kind < kRuleCount; ++kind) {
+  for (int kind = 0; kind < kRuleCount; ++kind) {
     const RuleInfo& info = rule_info(static_cast<RuleKind>(kind));
-    if (info.family && family == info.family && info.fits(params)) break;
+    if (info.family && family == info.family && info.fits(params))
+      return static_cast<RuleKind>(kind);
   }
-  return static_cast<RuleKind>(kind);
+  throw std::invalid_argument("there is no rule '" + std::string(family) + "'");
 }
 
 }  // namespace tiger_ext

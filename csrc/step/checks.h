@@ -8,8 +8,8 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/StringUtil.h>
 
-#include "step/step.h"
 #include "rules/storage.h"
+#include "step/step.h"
 
 namespace tiger_ext {
 

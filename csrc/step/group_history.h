@@ -12,8 +12,8 @@
 #include <memory>
 #include <vector>
 
-#include "step/faults.h"
 #include "rules/history.h"
+#include "step/faults.h"
 
 namespace tiger_ext {
 

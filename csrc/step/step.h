@@ -18,9 +18,9 @@
 #include <string>
 #include <vector>
 
+#include "rules/rule_list.h"
 #include "step/faults.h"
 #include "step/group_history.h"
-#include "rules/rule_list.h"
 
 namespace tiger_ext {
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from tiger_ext import _native
+from tiger_ext import step as step_module
 from tiger_ext.group_step import GroupStep
 from tiger_ext.step import Pass, Step
 
@@ -344,6 +345,7 @@ def device_step(
         mock.patch.object(GroupStep, "lr", property(lambda group: group.options["lr"])),
         mock.patch.object(Step, "_host_reads_found_inf", lambda step: False),
         mock.patch.object(Pass, "cancelled", device_cancels),
+        mock.patch.object(step_module, "check_lazy", lambda options: None),
     ):
         opt._step_with(grad_scale, found_inf)
 

@@ -10,9 +10,9 @@
 #include <type_traits>
 
 #include "rules/history.h"
-#include "step/items.h"
 #include "rules/norm_part.h"
 #include "rules/rule_list.h"
+#include "step/items.h"
 
 namespace tiger_ext {
 

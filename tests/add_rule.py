@@ -51,7 +51,9 @@ for lazy, rows, dtype in cases:
     for layouts in (["sparse"] * 3, ["dense"] * 3, ["sparse", "dense", "sparse"]):
         native, reference = (run(f, lazy, rows, layouts, dtype) for f in (True, False))
         for got, wanted in zip(native, reference, strict=True):
-            torch.testing.assert_close(got, wanted)
+            # Sums in another order may round a bfloat16 the other way.
+            tolerance = dict(atol=0.01, rtol=0.02) if dtype == torch.bfloat16 else {}
+            torch.testing.assert_close(got, wanted, **tolerance)
         assert not torch.equal(native[0], torch.zeros_like(native[0]))
 
 p, m = torch.ones(3), torch.full((3,), 2.0)

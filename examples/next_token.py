@@ -88,8 +88,8 @@ START = {
 }
 # Where it ended; all trials are in SWEEP_FILE.
 TUNED = {
-    TIGER: Rates(0.024, 0.024, 0.003, 0.86),
-    TORCH: Rates(0.192, 0.096, 0.012, 0.6),
+    TIGER: Rates(0.024, 0.048, 0.006, 0.86),
+    TORCH: Rates(0.384, 0.096, 0.012, 0.6),
 }
 # A drop-in takes the rates of what it replaces.
 TUNED[DROP_IN] = TUNED[TORCH]
@@ -435,7 +435,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--json", type=Path, help="also write all figures to this file")
     add("--tune", action="store_true", help="search the rates instead")
     add("--tune-only", choices=START, help="search those of this optimizer only")
-    add("--tune-trials", type=int, default=16, help="trials of each (default %(default)s)")
+    add("--tune-trials", type=int, default=20, help="trials of each (default %(default)s)")
     add("--tune-json", type=Path, default=SWEEP_FILE, help="where the search is written")
     add("--smoke", action="store_true", help="few files, small tables, few steps")
     options = parser.parse_args()

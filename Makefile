@@ -67,6 +67,8 @@ $(VENV)/.bench: $(VENV)/.ready requirements/bench.txt
 
 bench: build $(VENV)/.bench
 	for name in $(BENCHMARKS); do PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/bench_$$name.py || exit 1; done
+	$(BIN)/python benchmarks/claims.py
+	$(BIN)/python benchmarks/plot_step_time.py
 
 wheel: $(VENV)/.ready
 	rm -rf dist build/lib.*

@@ -67,6 +67,18 @@ def test_options_spoilt_after_construction_are_named(name, value, error):
     assert torch.equal(p, before)
 
 
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("value", [None, "sometimes"])
+def test_a_lazy_mode_that_does_not_exist_takes_no_step(fused, value):
+    p, opt = stepped(lazy="decay", fused=fused)
+    before = p.detach().clone()
+    opt.param_groups[0]["lazy"] = value
+    with pytest.raises(ValueError, match=f"lazy={value!r}: expected one of"):
+        opt.step()
+    assert torch.equal(p, before)
+    assert opt.param_groups[0]["history"].steps == 1
+
+
 @pytest.mark.parametrize("name", ["betas", "weight_decay", "maximize", "rows", "nonfinite", "lazy"])
 def test_options_that_are_gone_are_named(name):
     p, opt = stepped()

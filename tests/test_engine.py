@@ -133,6 +133,49 @@ def test_a_parameter_without_a_kernel_and_a_gradient_is_not_asked_for_one():
     assert opt.param_groups[0]["windows"] == 1
 
 
+class Slice(Parameter):
+    """Rows of a larger parameter, with their part of its gradient (as TorchRec's tables have)."""
+
+    def __new__(cls, whole: Parameter, rows: slice):
+        new = torch.Tensor._make_subclass(cls, whole.detach()[rows], True)
+        new._whole, new._rows = whole, rows
+        return new
+
+    @property
+    def grad(self):
+        whole = self._whole.grad
+        return None if whole is None else whole[self._rows]
+
+    @grad.setter
+    def grad(self, value):
+        raise AssertionError("a step does not write gradients")
+
+
+@every_rule
+@pytest.mark.parametrize("fused", [None, True, False])
+@pytest.mark.parametrize("options", [{}, {"lazy": "decay"}, {"rows": "nonzero"}], ids=str)
+def test_gradients_behind_a_property(rule, fused, options):
+    torch.manual_seed(3)
+    whole = Parameter(torch.randn(8, 3))
+    start = whole.detach().clone()
+    parts = [Slice(whole, slice(0, 5)), Slice(whole, slice(5, 8))]
+    opt = rule(parts, fused=fused, **options)
+    opt.step()  # no gradient: nothing happens
+    assert torch.equal(whole, start)
+
+    plain = [Parameter(start[:5].clone()), Parameter(start[5:].clone())]
+    expected = rule(plain, fused=fused, **options)
+    expected.step()
+    for _ in range(3):
+        whole.grad = torch.randn(8, 3)
+        for p, rows in zip(plain, (slice(0, 5), slice(5, 8))):
+            p.grad = whole.grad[rows].clone()
+        opt.step()
+        expected.step()
+    assert not torch.equal(whole, start)
+    assert torch.equal(whole, torch.cat([p.detach() for p in plain]))
+
+
 # ------------------------------------------------------------------------------ hooks, recording
 
 

@@ -192,17 +192,22 @@ class Step {
         positions ? static_cast<int64_t>(positions->size()) : PyList_GET_SIZE(params.ptr());
     for (int64_t n = 0; n < count; ++n) {
       const int64_t i = positions ? (*positions)[n] : n;
-      PyObject* object = PyList_GET_ITEM(params.ptr(), i);
-      u.param = tensor(object);
-      PyObject* own = PyDict_GetItemWithError(state.ptr(), object);
+      // Where a gradient comes from Python, its code may change list and state.
+      if (i >= PyList_GET_SIZE(params.ptr())) break;
+      const auto held = py::reinterpret_borrow<py::object>(PyList_GET_ITEM(params.ptr(), i));
+      PyObject* const object = held.ptr();
+      u.param = tensor(held);
       if (rule.adds) {
-        if (!u.param.unsafeGetTensorImpl()->grad().defined()) continue;
-        u.grad = materialized(u.param.unsafeGetTensorImpl()->grad());
+        u.grad = gradient(object, u.param);
+        if (!u.grad.defined()) continue;
+        u.grad = materialized(u.grad);
       }
-      // Without a gradient only what is in a window takes part.
-      if (!rule.adds && !(own && PyDict_Check(own) && PyDict_Contains(own, window_key) == 1)) {
-        if (PyErr_Occurred()) throw py::error_already_set();
-        continue;
+      PyObject* const own = PyDict_GetItemWithError(state.ptr(), object);
+      if (!own && PyErr_Occurred()) throw py::error_already_set();
+      if (!rule.adds) {  // only what is in a window takes part
+        const int in_window = own && PyDict_Check(own) ? PyDict_Contains(own, window_key) : 0;
+        if (in_window < 0) throw py::error_already_set();
+        if (!in_window) continue;
       }
       DeviceStep* device = device_step(u.param.device().type());
       const bool sparse = rule.adds && u.grad.layout() == at::kSparse;
@@ -336,6 +341,14 @@ class Step {
     if (!THPVariable_Check(object.ptr()))
       throw py::type_error("expected a tensor, got " + std::string(Py_TYPE(object.ptr())->tp_name));
     return THPVariable_Unpack(object.ptr());
+  }
+
+  // As `object.grad` in Python; undefined for None. A class of its own may make a property of it.
+  static at::Tensor gradient(PyObject* object, const at::Tensor& param) {
+    if (THPVariable_CheckExact(object)) return param.unsafeGetTensorImpl()->grad();
+    const auto grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(object, interned("grad")));
+    if (!grad) throw py::error_already_set();
+    return grad.is_none() ? at::Tensor() : tensor(grad);
   }
 
   static bool read(PyObject* dict, PyObject* key, at::Tensor& out) {

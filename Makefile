@@ -106,7 +106,7 @@ sanitize: $(VENV)/.ready
 EMULATED := test_dense test_rows test_determinism test_optimizer
 EMULATED_NATIVE := test_directions test_relative_lr test_accumulation test_touched_rows test_nonfinite
 EMULATED_LAZY := test_lazy test_history test_grad_scaler test_checkpointing test_schedulers \
-  test_torch_contract_lazy
+  test_torch_contract_lazy test_freezing test_handed_on test_other_writers
 EMULATE = cd build/cuda-on-cpu/lib && OMP_NUM_THREADS=1 TIGER_EXT_CUDA_ON_CPU=1 $(SANITIZED) \
   $(CURDIR)/$(BIN)/python $(PYTEST) $(PARALLEL)
 cuda-on-cpu: $(VENV)/.ready

@@ -60,6 +60,11 @@ def set_grad(p: Tensor, grad: Tensor | None) -> None:
     p.grad = grad
 
 
+def clock_of(optimizer: Any, group: int = 0) -> Any:
+    """Return what an optimizer counts for a group."""
+    return optimizer._clocks.of(optimizer.param_groups)[group]
+
+
 def dense_grad(p: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return torch.randn(p.shape, dtype=torch.float64).to(dtype or p.dtype)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import clock_of
 from oracle import same_bits
 from torch import Tensor, nn
 
@@ -58,8 +59,9 @@ def train(
 
 def assert_alike(optimizer: Any, other: Any) -> None:
     """Check that two optimizers have the same parameters and states, bit by bit."""
-    for group, twin in zip(optimizer.param_groups, other.param_groups, strict=True):
-        a, b = group.get("history"), twin.get("history")
+    groups = zip(optimizer.param_groups, other.param_groups, strict=True)
+    for k, (group, twin) in enumerate(groups):
+        a, b = clock_of(optimizer, k).history, clock_of(other, k).history
         assert (a and a.saved()) == (b and b.saved())
         for p, q in zip(group["params"], twin["params"], strict=True):
             assert same_bits(p, q)

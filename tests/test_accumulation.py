@@ -633,3 +633,81 @@ def test_groups_of_the_others_do_not_inherit_it():
     for name in ("lion", "adamw"):
         opt = Tiger([{"params": [parameter(3)], "algorithm": name}], accumulation_steps=4)
         assert "accumulation_steps" not in opt.param_groups[0]
+
+
+# -------------------------------------------------------------------------- windows that end early
+
+
+@backends
+@layouts
+@pytest.mark.parametrize("lazy", ["frozen", "decay", "exact"])
+def test_a_window_closed_early_moves_by_what_was_gathered(layout, lazy, fused):
+    # The same as one whose other micro-steps had gradients of zero.
+    p, q = parameter(41, 9), None
+    q = Parameter(p.detach().clone())
+    short = tiger([p], 4, layout, fused=fused, lazy=lazy)
+    long = tiger([q], 4, layout, fused=fused, lazy=lazy)
+    for taken in (4, 2, 1, 4, 3):
+        for micro in range(4):
+            grad = make(p, layout) if micro < taken else None
+            if grad is not None:
+                p.grad = grad
+                short.step()
+            q.grad = grad
+            long.step()
+        if taken < 4:
+            short.close_window()
+        short.close_window()  # there is none open
+        assert same_bits(p, q)
+        assert {n: t.tolist() for n, t in short.state[p].items()} == {
+            n: t.tolist() for n, t in long.state[q].items()
+        }
+    short.flush()
+    long.flush()
+    assert same_bits(p, q)
+
+
+@backends
+def test_closing_a_window_leaves_other_groups_alone(fused):
+    p, q, r = parameter(5), parameter(5), parameter(5)
+    opt = Tiger(
+        [
+            {"params": [p], "accumulation_steps": 3},
+            {"params": [q], "lazy": "exact"},
+            {"params": [r], "accumulation_steps": 2},
+        ],
+        fused=fused,
+    )
+    for _ in range(2):
+        for each in (p, q, r):
+            each.grad = torch.ones(5)
+        opt.step()
+    before = [t.detach().clone() for t in (p, q, r)]
+    opt.close_window()
+    assert [torch.equal(a, b) for a, b in zip(before, (p, q, r))] == [False, True, True]
+    opt.step()  # the first of new windows
+    assert torch.equal(r, before[2])
+
+
+@backends
+@pytest.mark.parametrize("lazy", ["decay", "exact"])
+def test_a_window_without_a_gradient_loses_no_step(lazy, fused):
+    p, q = Parameter(torch.ones(3, 2)), parameter(1)
+    opt = Tiger(
+        [p, q],
+        lr=0.1,
+        betas=(0.5,),
+        weight_decay=0.5,
+        lazy=lazy,
+        accumulation_steps=2,
+        fused=fused,
+    )
+    for micro in range(6):
+        p.grad = torch.ones(3, 2) if micro < 2 else None
+        q.grad = torch.ones(1)
+        opt.step()
+    opt.flush()
+    expected = 1.0
+    for window in range(3):
+        expected = 0.95 * expected - (0.1 if lazy == "exact" or window == 0 else 0.0)
+    torch.testing.assert_close(p, torch.full((3, 2), expected))

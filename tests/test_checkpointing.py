@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from cases import clock_of
 from table_model import HYPER, MODES, Model, assert_alike, every_lazy, every_mode, train
 from torch import nn
 from torch.distributed import checkpoint as dcp
@@ -101,14 +102,14 @@ def test_state_dicts_from_before_the_lazy_modes(cls, lazy):
     train(twin, other, range(13, 16))
     other.flush()
     assert all(int(state["last_step"].min()) >= 0 for state in other.state.values())
-    assert other.param_groups[0]["history"].steps == 3
+    assert clock_of(other).history.steps == 3
 
 
 def test_histories_saved_as_tuples_load():
     model, optimizer = trained(Tiger, "exact")
     saved = optimizer.state_dict()
     assert type(saved["param_groups"][0]["history"]) is str
-    saved["param_groups"][0]["history"] = optimizer.param_groups[0]["history"].saved()
+    saved["param_groups"][0]["history"] = clock_of(optimizer).history.saved()
     twin = copy.deepcopy(model)
     other = Tiger(twin.parameters())
     other.load_state_dict(saved)

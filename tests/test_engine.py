@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from cases import RULES, every_rule, parameter, sparse_grad
+from cases import RULES, clock_of, every_rule, parameter, sparse_grad
 from torch.nn import Embedding, Parameter
 
 from tiger_ext import AdamW, Tiger, _native
@@ -76,7 +76,7 @@ def test_a_lazy_mode_that_does_not_exist_takes_no_step(fused, value):
     with pytest.raises(ValueError, match=f"lazy={value!r}: expected one of"):
         opt.step()
     assert torch.equal(p, before)
-    assert opt.param_groups[0]["history"].steps == 1
+    assert clock_of(opt).history.steps == 1
 
 
 @pytest.mark.parametrize("name", ["betas", "weight_decay", "maximize", "rows", "nonfinite", "lazy"])
@@ -117,11 +117,12 @@ def test_a_first_moment_that_is_wanted_later(lazy):
     opt.flush()
 
 
-def test_tracking_a_table_begins_no_other_groups_history():
+def test_tracking_a_table_counts_no_step():
     tables = [Embedding(5, 2, sparse=True) for _ in range(2)]
     opt = Tiger([{"params": t.parameters(), "lazy": "decay"} for t in tables])
     opt.track(tables[1])
-    assert ["history" in group for group in opt.param_groups] == [False, True]
+    tables[1](torch.tensor([1]))
+    assert [clock_of(opt, k).history.started for k in range(2)] == [False, False]
 
 
 def test_a_parameter_without_a_kernel_and_a_gradient_is_not_asked_for_one():
@@ -130,7 +131,7 @@ def test_a_parameter_without_a_kernel_and_a_gradient_is_not_asked_for_one():
     for _ in range(2):
         p.grad = torch.ones(3)
         opt.step()
-    assert opt.param_groups[0]["windows"] == 1
+    assert clock_of(opt).windows == 1
 
 
 class Slice(Parameter):

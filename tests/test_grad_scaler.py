@@ -6,6 +6,7 @@ import io
 
 import pytest
 import torch
+from cases import clock_of
 from oracle import same_bits, unchanged
 from table_model import HYPER, MODES, Model, assert_alike, batch, every_mode
 
@@ -52,7 +53,7 @@ def test_a_scaled_run_equals_an_unscaled_one(cls, lazy, sparse, unscale):
     assert scaler.get_scale() == SCALE / 2
     assert not hasattr(optimizer, "grad_scale") and not hasattr(optimizer, "found_inf")
     if lazy != "frozen":
-        assert optimizer.param_groups[0]["history"].steps == 7
+        assert clock_of(optimizer).history.steps == 7
 
 
 @every_mode
@@ -64,7 +65,8 @@ def test_a_first_step_that_overflows_begins_nothing(cls, lazy, fused):
     scaler.scale(model(batch(0)) * torch.inf).backward()
     with unchanged(optimizer):
         scaler.step(optimizer)
-    assert "history" not in optimizer.param_groups[0]
+    history = clock_of(optimizer).history
+    assert history is None or not (history.started or history.settings)
 
 
 @every_mode
@@ -151,4 +153,57 @@ def test_half_precision(cls, lazy):
     other.flush()
     for p, q in zip(model.parameters(), plain.parameters()):
         torch.testing.assert_close(p.float(), q.float(), rtol=2e-3, atol=2e-3)
-    assert optimizer.param_groups[0]["history"].steps == 7
+    assert clock_of(optimizer).history.steps == 7
+
+
+@pytest.mark.parametrize("fused", [None, False], ids=["native", "reference"])
+@pytest.mark.parametrize("found", [0, 0.0, 1, True], ids=repr)
+def test_found_inf_may_be_a_plain_number(found, fused):
+    # As GradScaler's sum over no gradient is.
+    model = Model()
+    optimizer = Tiger(model.parameters(), lazy="exact", fused=fused, **HYPER)
+    model(batch(0)).backward()
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer.grad_scale, optimizer.found_inf = None, found
+    optimizer.step()
+    moved = any(not torch.equal(p, q) for p, q in zip(model.parameters(), before))
+    assert moved != bool(found)
+    assert clock_of(optimizer).history.steps == (not found)
+
+
+@pytest.mark.parametrize("fused", [None, False], ids=["native", "reference"])
+@pytest.mark.parametrize("error", ["of the gradient", "of the closure"])
+def test_a_step_that_raised_leaves_no_scale_behind(fused, error):
+    p = torch.nn.Parameter(torch.ones(4, 2))
+    optimizer = Tiger([p], betas=(0.9,), fused=fused)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(65536.0), torch.tensor(0.0)
+
+    def closure():
+        if error == "of the closure":
+            raise IndexError
+        p.grad = torch.sparse_coo_tensor(
+            torch.tensor([[9]]), torch.ones(1, 2), p.shape, check_invariants=False
+        )
+
+    with pytest.raises(IndexError):
+        optimizer.step(closure)
+    p.grad = torch.ones(4, 2)
+    optimizer.step()
+    torch.testing.assert_close(optimizer.state[p]["exp_avg"], torch.full((4, 2), 0.1))
+
+
+def test_only_the_kernels_take_the_scale():
+    model = Model()
+    assert Tiger(model.parameters())._step_supports_amp_scaling
+    assert not Tiger(model.parameters(), fused=False)._step_supports_amp_scaling
+    mixed = Tiger([{"params": [p], "fused": f} for p, f in zip(model.parameters(), (None, False))])
+    assert not mixed._step_supports_amp_scaling
+    optimizer = Tiger(model.parameters(), fused=False, **HYPER)
+    scaler = torch.amp.GradScaler("cpu", init_scale=SCALE)
+    scaler.scale(model(batch(0))).backward()
+    scaler.step(optimizer)
+    plain = Model()
+    plain(batch(0)).backward()
+    for p, q in zip(model.parameters(), plain.parameters()):
+        grads = (g.grad.to_dense() if g.grad.is_sparse else g.grad for g in (p, q))
+        torch.testing.assert_close(*grads)  # torch has unscaled them

@@ -21,11 +21,12 @@ CODE = sorted(p for p in CSRC.rglob("*") if p.suffix in (".h", ".cuh", ".inl", "
 # A module imports only from lines above its own.
 ORDER = """
 _native options
-reference history tracking progress
+reference history tracking progress finish
+clocks
 huge_pages group_step
 state
 windows reference_step
-lazy
+lazy loading
 step
 optimizer
 tiger lion adamw

@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from cases import clock_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -177,7 +178,7 @@ def test_accumulation_windows(lazy, fused):
         dense.step(mean, touched, lr=1e-2, wd=0.3, betas=(0.965,))
     optimizer.flush()
     check(optimizer, p, dense, torch.float64)
-    assert optimizer.param_groups[0]["history"].steps == 12
+    assert clock_of(optimizer).history.steps == 12
 
 
 @FUSED

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from cases import clock_of
 from oracle import same_bits
 from table_model import DIM, HYPER, ROWS, Model, assert_alike, batch, every_lazy, every_mode, train
 from test_lazy import Dense
@@ -80,7 +81,7 @@ def test_what_hooks_see_and_may_change(cls, lazy):
 
     def loaded(o):
         seen["loaded"] = {name: value.dtype for name, value in o.state[p].items()}
-        seen["steps"] = o.param_groups[0]["history"].steps if lazy != "frozen" else 3
+        seen["steps"] = clock_of(o).history.steps if lazy != "frozen" else 3
 
     optimizer.register_state_dict_post_hook(saved)
     optimizer.register_load_state_dict_post_hook(loaded)
@@ -160,7 +161,7 @@ def test_a_model_converted_during_the_run(cls, follow):
         train(dense, full, range(6 * k, 6 * k + 6))
         assert sparse.table.weight is table and table.dtype == dtype
     lazy.flush()
-    assert lazy.param_groups[0]["history"].steps == 24
+    assert clock_of(lazy).history.steps == 24
     for p, q in zip(sparse.parameters(), dense.parameters()):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-5)
 
@@ -379,3 +380,15 @@ def test_half_precision_against_the_dense_rule(cls, lazy, dtype, fused):
     assert bool((error <= allowed).all()), (error / allowed).max()
     assert int(touches.min()) <= 3 < int(touches.max())
     torch.testing.assert_close(optimizer.state[p]["exp_avg"].double(), dense.m, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("fused", [None, False], ids=["native", "reference"])
+def test_state_made_by_a_step_in_inference_mode_is_ordinary(fused):
+    p = torch.nn.Parameter(torch.ones(3, 2))
+    optimizer = Tiger([p], lazy="exact", fused=fused)
+    p.grad = torch.ones(3, 2)
+    with torch.inference_mode():
+        optimizer.step()
+    assert not any(t.is_inference() for t in optimizer.state[p].values())
+    optimizer.step()
+    assert optimizer.state[p]["last_step"].tolist() == [2, 2, 2]

@@ -33,6 +33,10 @@ class History:
         Of any device if None is given; None if there is no copy of the history.
         """
     def forget(self) -> None: ...
+    def rewritten(self, position: int, param: Tensor, /) -> bool:
+        """Return whether others have written to a parameter of the group since ``note``."""
+    def note(self, position: int, param: Tensor, /) -> None:
+        """Note the version of a parameter of the group."""
     def read(self) -> tuple[int, list[Setting]]:
         """Wait for a device and return its steps and settings."""
 
@@ -77,12 +81,17 @@ class Step:
         history: History | None,
         positions: list[int] | None,
         /,
-    ) -> tuple[list[int], list[int], list[int]]:
-        """Return the positions without state, without a kernel, and with rows that lag behind."""
+    ) -> tuple[list[int], list[int], list[int], list[int], list[int]]:
+        """Return positions: without state; without a kernel; with rows that lag behind.
+
+        In a lazy mode also: without a gradient, and not training or without a clock; written to by
+        others since the last step.
+        """
     def prepare(self) -> None: ...
     def cancelled(self) -> bool | None:
         """Return whether AMP cancels the step; None: only a device knows."""
-    def apply(self) -> None: ...
+    def apply(self) -> None:
+        """Write; does so once, however often it is called."""
     def will_advance(
         self,
         groups: list[tuple[History, int, float | Tensor, float, float, float]],
@@ -91,7 +100,7 @@ class Step:
     ) -> None:
         """Prepare ``advance``: of histories that are copied, and of counters of AdamW."""
     def advance(self) -> None:
-        """Count the step, after ``apply``, unless AMP cancels it."""
+        """Count the step, after ``apply``, unless AMP cancels it; once, as ``apply``."""
 
 def catch_up(
     param: Tensor,
@@ -99,6 +108,7 @@ def catch_up(
     last_step: Tensor,
     rule: Rule,
     history: History,
+    position: int,
     ids: Tensor | None,
     begin: int,
     end: int,

@@ -34,6 +34,13 @@ except ImportError as error:
     )
 
 
+def has_kernels(device_type: str) -> bool:
+    """Return whether this build has kernels for a type of device."""
+    if C is None:
+        return False
+    return device_type == "cpu" or (device_type == "cuda" and bool(C.build_info()["cuda"]))
+
+
 def translated(error: Exception, name: Callable[[int, int], str]) -> Exception:
     """Return the exception that users see in place of a compiled ``UpdateError``.
 

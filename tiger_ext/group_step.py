@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from tiger_ext import _native
+from tiger_ext.clocks import PLACEHOLDERS, GroupClock
 from tiger_ext.history import History
 from tiger_ext.options import Moment, algorithm_of, direction_scale, moments_of
 
-__all__ = ["GroupStep", "is_capturing", "is_row_lazy"]
+__all__ = ["GroupStep", "is_capturing", "is_row_lazy", "parameter_name"]
 
 
 class GroupStep:
@@ -26,18 +27,22 @@ class GroupStep:
     Attributes:
         index: where the group stands in the optimizer.
         options: the parameter group.
+        clock: what the optimizer counts for it.
         params: its parameters.
         history: the steps of a group in a lazy mode; None: it is frozen.
         window: the accumulation window's number, from 1; 0: no accumulation.
+        micro_step: the step's number in its window, from 1.
         micro_steps: how many steps make a window, or 1.
         closes: whether this step is a window's last.
         native: whether native kernels may take it.
     """
 
     __slots__ = (
+        "clock",
         "closes",
         "history",
         "index",
+        "micro_step",
         "micro_steps",
         "native",
         "options",
@@ -45,27 +50,37 @@ class GroupStep:
         "window",
     )
 
-    def __init__(self, index: int, options: dict[str, Any]) -> None:
+    def __init__(self, index: int, options: dict[str, Any], clock: GroupClock) -> None:
         """Derive what follows from the options; a lazy group's history begins here."""
         self.index = index
         self.options = options
+        self.clock = clock
         self.params: list[Tensor] = options["params"]
         self.history: History | None = None
         if options["lazy"] != "frozen":
-            self.history = options.get("history")
-            if self.history is None:
-                self.history = options["history"] = History()
+            if clock.history is None:
+                clock.history = History()
+                options["history"] = PLACEHOLDERS["history"]
+            self.history = clock.history
         self.micro_steps: int = options.get("accumulation_steps", 1)
-        self.window, self.closes = 0, False
+        self.window, self.micro_step, self.closes = 0, 1, False
         if self.micro_steps > 1:
-            self.window = options.get("windows", 0) + 1
-            self.closes = options.get("micro_steps", 0) + 1 >= self.micro_steps
+            self.window = clock.windows + 1
+            self.micro_step = clock.micro_steps + 1
+            self.closes = self.micro_step >= self.micro_steps
+            if "windows" not in options:
+                options["windows"], options["micro_steps"] = 0, 0
         self.native = _native.C is not None and options["fused"] is not False
 
     @property
     def counts_in_history(self) -> bool:
         """Whether the present step is one of the history's: micro-steps count once a window."""
         return self.window == 0 or self.closes
+
+    @property
+    def in_window(self) -> bool:
+        """Whether micro-steps have been taken in the window."""
+        return self.window > 0 and self.micro_step > 1
 
     @property
     def lr(self) -> float | Tensor:
@@ -97,9 +112,14 @@ class GroupStep:
 
     def name(self, position: int) -> str:
         """Return what messages call the parameter at a position."""
-        names = self.options.get("param_names")
-        where = f"group {self.index}, position {position}"
-        return f"parameter {names[position]!r} ({where})" if names else f"parameter ({where})"
+        return parameter_name(self.options, self.index, position)
+
+
+def parameter_name(group: Mapping[str, Any], index: int, position: int) -> str:
+    """Return what messages call the parameter at a position of the group at an index."""
+    names = group.get("param_names")
+    where = f"group {index}, position {position}"
+    return f"parameter {names[position]!r} ({where})" if names else f"parameter ({where})"
 
 
 def is_row_lazy(p: Tensor, options: Mapping[str, Any]) -> bool:

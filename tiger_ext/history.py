@@ -22,10 +22,10 @@ from torch import Tensor
 
 from tiger_ext import _native
 
-__all__ = ["History", "Missed"]
+__all__ = ["MAX_STEPS", "History", "Missed"]
 
 _FIELDS = 5  # of a setting: its first step, lr, weight_decay, first beta, last beta
-_MAX_STEPS = 2**31 - 1
+MAX_STEPS = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -88,10 +88,19 @@ class History:
 
     @classmethod
     def of(cls, saved: History | str | Sequence[float]) -> History:
-        """Return the history that is, or that ``text()`` or ``saved()`` returned."""
+        """Return the history that is, or that ``text()`` or ``saved()`` returned.
+
+        Raises:
+            ValueError: neither of them has returned this; the message says what was expected.
+        """
         if isinstance(saved, History):
             return saved
-        return cls([float(x) for x in saved.split()] if isinstance(saved, str) else saved)
+        try:
+            numbers = [float(x) for x in (saved.split() if isinstance(saved, str) else saved)]
+        except (TypeError, ValueError):
+            raise ValueError("numbers") from None
+        _check(numbers)
+        return cls(numbers)
 
     def text(self) -> str:
         """Return the history for state dicts, where its length must not show.
@@ -111,32 +120,43 @@ class History:
 
     def check_room(self) -> None:
         """Raise OverflowError if an int32 clock cannot count one more step."""
-        if self._steps + self._uncounted >= _MAX_STEPS and self.steps >= _MAX_STEPS:
-            raise OverflowError(f"the lazy modes count at most {_MAX_STEPS} steps")
+        if self._steps + self._uncounted >= MAX_STEPS and self.steps >= MAX_STEPS:
+            raise OverflowError(f"the lazy modes count at most {MAX_STEPS} steps")
 
     @property
     def started(self) -> bool:
         """Whether there may have been a step; without asking a GPU."""
         return self._steps > 0 or self._behind or self.replayed
 
-    def advance(self, lr: float, weight_decay: float, betas: Sequence[float]) -> None:
-        """Add a step with these hyperparameters."""
+    def mark(self) -> tuple[int, int]:
+        """Return where a step starts from, so that adding it can be repeated."""
+        return self._steps, self._uncounted
+
+    def advance(
+        self,
+        lr: float,
+        weight_decay: float,
+        betas: Sequence[float],
+        mark: tuple[int, int] | None = None,
+    ) -> None:
+        """Add a step with these hyperparameters; repeated with the same ``mark``, only one."""
+        steps, uncounted = self.mark() if mark is None else mark
         if self._behind:
-            self._uncounted += 1
+            self._uncounted = uncounted + 1
             return
-        self._steps += 1
         now = (lr, weight_decay, betas[0], betas[-1])
         if not self._settings or self._settings[-1][1:] != now:
-            self._settings.append((self._steps, *now))
+            self._settings.append((steps + 1, *now))
+        self._steps = steps + 1
 
-    def fall_behind(self, *, for_good: bool = False) -> None:
+    def fall_behind(self, mark: tuple[int, int], *, for_good: bool = False) -> None:
         """Leave a step to the copies on GPUs; ``for_good``: it will be replayed, too."""
         self._behind = True
-        self._uncounted += 1
+        self._uncounted = mark[1] + 1
         self.replayed = self.replayed or for_good
 
     def forget(self) -> None:
-        """Drop the steps so far: every row is current."""
+        """Drop the steps so far: every row is current. May be repeated."""
         if self._behind or self.replayed:
             self._steps, self._behind, self._uncounted = int(self._native.steps(None)), False, 0
         self.begin = self._steps
@@ -146,14 +166,19 @@ class History:
         if self._native_settings is not None:
             self._native_settings = 0
 
-    def missed(self, since: Tensor) -> Missed:
-        """Return the effect of all steps after ``since``, an int64 tensor of step numbers."""
+    def missed(self, since: Tensor, until: int | None = None) -> Missed:
+        """Return the effect of the steps after ``since``, an int64 tensor of step numbers.
+
+        Of all steps, or of those up to ``until``.
+        """
         log_decay, drift, log1, log2 = (
             torch.zeros_like(since, dtype=torch.float64) for _ in "ABPQ"
         )
         zero1, zero2 = (torch.zeros_like(since, dtype=torch.bool) for _ in "PQ")
-        end = self.steps
+        end = self.steps if until is None else until
         for first, lr, weight_decay, beta1, beta2 in reversed(self.settings):
+            if first > end:
+                continue
             n = (end - since.clamp(min=first - 1)).clamp(min=0).double()
             rate = lr * weight_decay
             log_of_this = n * math.log1p(-rate)
@@ -238,3 +263,22 @@ class History:
         more = " or more" if self._behind or self.replayed else ""
         known = f"{self._steps}{more} steps, {len(self._settings)} settings"
         return f"<{known} since step {self.begin}>"
+
+
+def _check(saved: list[float]) -> None:
+    """Raise ValueError, with what was expected, for numbers that no history has."""
+    if len(saved) < 2 or (len(saved) - 2) % _FIELDS or not all(map(math.isfinite, saved)):
+        raise ValueError(f"finite numbers: steps, begin and {_FIELDS} for each setting")
+    steps, begin = saved[:2]
+    if steps != int(steps) or begin != int(begin) or not 0 <= begin <= steps <= MAX_STEPS:
+        raise ValueError(f"whole numbers 0 <= begin <= steps <= {MAX_STEPS}")
+    before = begin
+    for k in range(2, len(saved), _FIELDS):
+        first, lr, weight_decay, beta1, beta2 = saved[k : k + _FIELDS]
+        if first != int(first) or not before < first <= steps:
+            raise ValueError("settings whose first steps rise from begin + 1 to steps")
+        before = first
+        if not (lr >= 0 and weight_decay >= 0 and lr * weight_decay < 1):
+            raise ValueError("settings with lr >= 0, weight_decay >= 0 and their product < 1")
+        if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
+            raise ValueError("settings with betas in [0, 1)")

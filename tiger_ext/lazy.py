@@ -3,27 +3,36 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tiger_ext import _native
+from tiger_ext.finish import finish
 from tiger_ext.group_step import GroupStep, is_capturing, is_row_lazy
+from tiger_ext.options import algorithm_of
 from tiger_ext.progress import Progress
 from tiger_ext.reference_step import catch_up_on_reference
 from tiger_ext.state import StateChanges, complete_state
 from tiger_ext.tracking import UsedRows
 
 __all__ = [
-    "advance_histories",
+    "Counting",
     "catch_up",
     "catch_up_ids",
     "flush",
+    "is_rewritten",
+    "look_at_idle",
     "note_current_tables",
+    "note_version",
     "place_histories",
-    "prepare_advance",
+    "prepare_counting",
+    "thaw",
+    "warn_if_behind",
 ]
 
 # How many elements `flush` brings up to date between two strokes of its progress bar.
@@ -68,6 +77,7 @@ def catch_up(
                 )
             where = torch.unravel_index(ids, last_step.shape)
         catch_up_on_reference(p, state, group, last_step, where)
+        note_version(group, position)
         if progress is not None:
             progress(rows)
 
@@ -92,7 +102,7 @@ def _catch_up_natively(
         end = min(begin + chunk, rows)
         try:
             there = _native.C.catch_up(
-                p, states, last_step, rule, history.native(), ids, begin, end
+                p, states, last_step, rule, history.native(), position, ids, begin, end
             )
         except _native.C.UpdateError as error:
             raise _native.translated(error, lambda *_: group.name(position)) from None
@@ -112,6 +122,8 @@ def catch_up_ids(
             continue
         for position, q in enumerate(group.params):
             if q is p and _has_clock(p, group, changes):
+                if is_rewritten(group, position):
+                    warn_if_behind(group, position, changes.state)
                 state = changes.state[p]
                 last_step = state["last_step"]
                 # Ids are indices of the first dimension.
@@ -127,18 +139,123 @@ def flush(groups: Iterable[GroupStep], changes: StateChanges, progress: bool | N
             for position, p in enumerate(group.params):
                 if _has_clock(p, group, changes):
                     state = changes.state[p]
+                    if is_rewritten(group, position):
+                        warn_if_behind(group, position, changes.state)
                     catch_up(group, position, state, state["last_step"], progress=bar)
             assert group.history is not None
-            group.history.forget()
+            if not any(_frozen_behind(p, group, changes.state) for p in group.clock.frozen):
+                finish(group.history.forget)
 
 
 def _has_clock(p: Tensor, group: GroupStep, changes: StateChanges) -> bool:
-    """Create what a trainable parameter's state lacks; rows that were never touched age as well."""
+    """Create what a trainable parameter's state lacks; rows that were never touched age as well.
+
+    Return whether there is a clock to go by: a frozen parameter's stands.
+    """
+    if not p.requires_grad:
+        group.clock.freeze(p)
+        return False
     state = changes.state.get(p, {})
-    wanted = ("last_step", *(moment.name for moment in group.moments()))
-    if p.requires_grad and not all(name in state for name in wanted):
-        state = complete_state(p, group, changes)
-    return "last_step" in state
+    if not all(name in state for name in ("last_step", *(m.name for m in group.moments()))):
+        complete_state(p, group, changes)
+    if p in group.clock.frozen:
+        thaw(group, group.params.index(p), changes.state[p]["last_step"], changes.state)
+    return True
+
+
+# --------------------------------------------------------------------------- frozen parameters
+
+
+def look_at_idle(group: GroupStep, positions: Iterable[int], changes: StateChanges) -> None:
+    """Look at parameters without a gradient that do not train, or have no clock yet.
+
+    Those that do not train are frozen from now on. Where there is a state from before the lazy
+    mode, its clock starts; and a parameter whose state was cleared begins again.
+    """
+    for position in positions:
+        p = group.params[position]
+        if not p.requires_grad:
+            group.clock.freeze(p)
+        elif changes.state.get(p):
+            complete_state(p, group, changes)
+        elif p in group.clock.clocked:
+            group.clock.begins_at(p)
+
+
+def thaw(group: GroupStep, position: int, last_step: Tensor, states: Mapping[Tensor, Any]) -> None:
+    """Let a frozen parameter go on from where it was: its clock does not count the time between.
+
+    What its rows had missed before is made up for. May be repeated. Visits every row.
+    """
+    p, clock, history = group.params[position], group.clock, group.history
+    assert history is not None
+    until = clock.frozen.get(p)
+    if until is None:
+        return
+    now = history.steps
+    if until < now and not p.is_meta:
+        catch_up_on_reference(p, states[p], group, last_step, None, until)
+        last_step.copy_(torch.where(last_step < 0, -1 - now, now))
+    note_version(group, position)
+    clock.frozen.pop(p, None)
+
+
+def _frozen_behind(p: Tensor, group: GroupStep, states: Mapping[Tensor, Any]) -> bool:
+    """Return whether rows of a frozen parameter have missed steps, for which settings are kept."""
+    clock, last_step = group.clock, states.get(p, {}).get("last_step")
+    if last_step is None:
+        return clock.begins.get(p, 0) < clock.frozen[p]
+    return is_behind(last_step, clock.frozen[p])
+
+
+def is_behind(last_step: Tensor, step: int) -> bool:
+    """Return whether a row is not up to date with a step; waits for a GPU."""
+    return bool((torch.where(last_step < 0, -1 - last_step, last_step) < step).any())
+
+
+# ------------------------------------------------------------------------------- other writers
+
+
+def is_rewritten(group: GroupStep, position: int) -> bool:
+    """Return whether others have written to a parameter since the optimizer last looked at it."""
+    p = group.params[position]
+    if p.is_meta or p.is_inference():
+        return False
+    if group.native:
+        assert group.history is not None
+        return bool(group.history.native().rewritten(position, p))
+    return group.clock.versions.get(p, p._version) != p._version
+
+
+def warn_if_behind(group: GroupStep, position: int, states: Mapping[Tensor, Any]) -> None:
+    """Warn, once for a table, that others have written to it, if rows of it were behind."""
+    history, p = group.history, group.params[position]
+    assert history is not None
+    last_step = states.get(p, {}).get("last_step")
+    if p in group.clock.warned or last_step is None or is_capturing():
+        return
+    if is_behind(last_step, history.steps):
+        group.clock.warned.add(p)
+        warnings.warn(
+            f"{group.name(position)} was written to by others while rows of it were behind "
+            f"(lazy={group.options['lazy']!r}): what these rows have missed is made up for on top "
+            "of the new values. Call optimizer.flush() before weights are averaged, restored or "
+            "edited",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+def note_version(group: GroupStep, position: int) -> None:
+    """Note the version of a parameter that the optimizer itself has written to."""
+    p = group.params[position]
+    if p.is_inference():
+        return
+    if group.native:
+        assert group.history is not None
+        group.history.native().note(position, p)
+    else:
+        group.clock.versions[p] = p._version
 
 
 # ----------------------------------------------------------------------------------- histories
@@ -158,13 +275,49 @@ def place_histories(lazy: Iterable[GroupStep]) -> None:
         history.reserve(many=many)
 
 
-def prepare_advance(lazy: Iterable[GroupStep], states: Mapping[Tensor, Any], native: Any) -> None:
-    """Tell the native step which histories and counters on GPUs will take it."""
+@dataclass
+class Counting:
+    """What counts a step, once it is certain to have happened.
+
+    Attributes:
+        native: the native step.
+        groups: those in a lazy mode whose histories have one step more.
+        counters: AdamW's, of parameters without a gradient, and what they become on the host.
+        marks: where the groups' histories start from, by index.
+    """
+
+    native: Any
+    groups: list[GroupStep]
+    counters: list[tuple[Tensor, int]]
+    marks: dict[int, tuple[int, int]] = field(default_factory=dict)
+
+    def count(self, found_inf: Tensor | None) -> None:
+        """Count, unless ``found_inf``, which the host has not read, cancels it.
+
+        May be repeated.
+        """
+        if self.native is not None:
+            self.native.advance()
+        if self.counters and (found_inf is None or float(found_inf) == 0.0):
+            for counter, number in self.counters:
+                counter.fill_(number)
+        for group in self.groups:
+            assert group.history is not None
+            mark = self.marks.setdefault(group.index, group.history.mark())
+            _count(group, found_inf, mark)
+
+
+def prepare_counting(
+    lazy: Iterable[GroupStep], states: Mapping[Tensor, Any], native: Any
+) -> Counting:
+    """Return what will count the step; the native step is told of histories on GPUs."""
+    counting = Counting(native, [group for group in lazy if group.counts_in_history], [])
     steps, counters = [], []
-    for group in lazy:
+    for group in counting.groups:
         history = group.history
         assert history is not None
-        if not group.counts_in_history or not history.on_devices:
+        if not history.on_devices:
+            counting.counters += [(c, int(c) + 1) for c in _idle_counters(group, states)]
             continue
         options, betas = group.options, group.options["betas"]
         weight_decay = float(options["weight_decay"])
@@ -172,53 +325,46 @@ def prepare_advance(lazy: Iterable[GroupStep], states: Mapping[Tensor, Any], nat
         counters += _idle_counters(group, states)
     if steps:
         native.will_advance(steps, counters)
+    return counting
 
 
-def advance_histories(
-    lazy: Iterable[GroupStep],
-    states: Mapping[Tensor, Any],
-    native: Any,
-    found_inf: Tensor | None,
-) -> None:
-    """Count the step, unless ``found_inf``, which the host has not read, cancels it."""
-    if native is not None:
-        native.advance()
-    for group in lazy:
-        if not group.counts_in_history:
-            continue
-        history, lr = group.history, group.lr
-        assert history is not None
-        if history.on_devices:
-            if found_inf is not None or isinstance(lr, Tensor) or is_capturing():
-                history.fall_behind(for_good=is_capturing())
-                continue
-        elif found_inf is not None and float(found_inf) != 0.0:
-            continue
-        else:
-            for counter in _idle_counters(group, states):
-                counter += 1
-        history.advance(float(lr), float(group.options["weight_decay"]), group.options["betas"])
+def _count(group: GroupStep, found_inf: Tensor | None, mark: tuple[int, int]) -> None:
+    history, lr = group.history, group.lr
+    assert history is not None
+    if history.on_devices:
+        if found_inf is not None or isinstance(lr, Tensor) or is_capturing():
+            history.fall_behind(mark, for_good=is_capturing())
+            return
+    elif found_inf is not None and float(found_inf) != 0.0:
+        return
+    decay, betas = float(group.options["weight_decay"]), group.options["betas"]
+    history.advance(float(lr), decay, betas, mark)
 
 
 def _idle_counters(group: GroupStep, states: Mapping[Tensor, Any]) -> list[Tensor]:
-    """Return the counters of parameters without a gradient: every step counts."""
-    idle = (states.get(p, {}).get("step") for p in group.params if p.grad is None)
+    """Return the counters of parameters that train without a gradient: every step counts."""
+    if not algorithm_of(group.options["algorithm"]).counts_steps:
+        return []
+    idle = (
+        states.get(p, {}).get("step") for p in group.params if p.requires_grad and p.grad is None
+    )
     return [counter for counter in idle if counter is not None]
 
 
 def note_current_tables(
-    tracked: Mapping[Tensor, UsedRows], groups: list[GroupStep], certain: bool
+    tracked: Mapping[Tensor, UsedRows], lazy: list[GroupStep], *, adds: bool, certain: bool
 ) -> None:
     """Note which tracked tables have been updated as a whole, and need not be looked at.
 
-    ``certain``: the step was not cancelled, as the host knows.
+    ``adds``: the step had gradients; ``certain``: it was not cancelled, as the host knows.
     """
     for p, used in tracked.items():
-        group = groups[used.group]
-        if group.history is None:
+        group = next((group for group in lazy if p in group.clock.params), None)
+        if group is None or group.history is None:
             continue
         whole = (
-            p.grad is not None
+            adds
+            and p.grad is not None
             and p.grad.layout == torch.strided
             and not is_row_lazy(p, group.options)
             and group.options["nonfinite"] in ("propagate", "raise")

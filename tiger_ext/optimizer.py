@@ -19,10 +19,11 @@ from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import ParamsT
 
 from tiger_ext import _native, lazy
+from tiger_ext.clocks import Clocks, without_placeholders
 from tiger_ext.group_step import GroupStep, is_capturing
-from tiger_ext.history import History
+from tiger_ext.loading import Loaded, fill_in
 from tiger_ext.options import ALGORITHMS, algorithm_of, check_option, complete_group
-from tiger_ext.state import StateChanges, clock_device, unlisted
+from tiger_ext.state import StateChanges
 from tiger_ext.step import Step
 from tiger_ext.tracking import TrackingHandle, UsedRows
 
@@ -41,8 +42,6 @@ class MixedOptimizer(torch.optim.Optimizer):
     """
 
     _algorithm: ClassVar[str]
-    # GradScaler then sets `grad_scale` and `found_inf` on the optimizer instead of unscaling first.
-    _step_supports_amp_scaling = True
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         """Check ``defaults`` and add the parameter groups."""
@@ -65,7 +64,7 @@ class MixedOptimizer(torch.optim.Optimizer):
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
-        group = complete_group(param_group, self.defaults, self._algorithm)
+        group = complete_group(without_placeholders(param_group), self.defaults, self._algorithm)
         params = group["params"]
         if isinstance(params, Tensor):
             params = group["params"] = [params]
@@ -83,6 +82,7 @@ class MixedOptimizer(torch.optim.Optimizer):
         for name in self.defaults:
             if name not in own:
                 del group[name]
+        self._group_steps()  # the group's clock starts
 
     # ------------------------------------------------------------------------------------ step
 
@@ -104,14 +104,33 @@ class MixedOptimizer(torch.optim.Optimizer):
                 is tracked. In every case nothing was written.
         """
         loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        if torch.compiler.is_compiling():
-            _step_outside_graph(self)
-        else:
-            self._step_eager()
+        try:
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()
+            if torch.compiler.is_compiling():
+                _step_outside_graph(self)
+            else:
+                self._step_eager()
+        except BaseException:
+            # GradScaler removes them only after a step that did not raise, and another step must
+            # not be scaled by them.
+            self.__dict__.pop("grad_scale", None)
+            self.__dict__.pop("found_inf", None)
+            raise
         return loss
+
+    def close_window(self) -> None:
+        """End the open accumulation windows early, without another gradient.
+
+        Parameters of groups with ``accumulation_steps`` move by what has been gathered, each
+        gradient divided by ``accumulation_steps`` as planned. Does nothing where no window is open.
+
+        Raises:
+            ValueError, RuntimeError: as ``step``; nothing was written.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            self._new_step(None, None).close_windows()
 
     @staticmethod
     def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
@@ -137,33 +156,59 @@ class MixedOptimizer(torch.optim.Optimizer):
         return step
 
     def _step_eager(self) -> None:
+        if torch.is_inference_mode_enabled():  # state that is created here outlives it
+            with torch.inference_mode(False):
+                return self._step_eager()
         grad_mode = torch.is_grad_enabled()
         torch._C._set_grad_enabled(False)
         try:
-            # GradScaler's tensors. On a GPU they are read there, by the kernels.
-            self._step_with(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+            # GradScaler's: tensors, which on a GPU the kernels read there; plain numbers where no
+            # parameter has a gradient.
+            scale, inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+            self._step_with(_tensor(scale), _tensor(inf))
         finally:
             torch._C._set_grad_enabled(grad_mode)
 
     def _step_with(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        tracked = self._used_rows()
-        Step(
+        self._new_step(grad_scale, found_inf).take()
+
+    def _new_step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> Step:
+        return Step(
             type(self).__name__,
             self.param_groups,
+            self._clocks.of(self.param_groups),
             self.state,
-            tracked,
+            self._used_rows(),
             self._faults(),
             grad_scale,
             found_inf,
-        ).take()
-        # The next step's record begins; also after a step that GradScaler cancelled.
-        for used in tracked.values():
-            used.clear()
+        )
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether GradScaler may leave the division by its scale to the step: to the kernels."""
+        return _native.C is not None and all(
+            group["fused"] is not False and _native.has_kernels(group["params"][0].device.type)
+            for group in self.param_groups
+            if group["params"]
+        )
+
+    @property
+    def _clocks(self) -> Clocks:
+        """What is counted for each group; not part of the groups' dicts, which others copy."""
+        clocks: Clocks | None = self.__dict__.get("_group_clocks")
+        if clocks is None:
+            clocks = self.__dict__["_group_clocks"] = Clocks()
+        return clocks
+
+    def _group_steps(self) -> list[GroupStep]:
+        clocks = self._clocks.of(self.param_groups)
+        each = zip(self.param_groups, clocks, strict=True)
+        return [GroupStep(index, group, clock) for index, (group, clock) in enumerate(each)]
 
     def _lazy_groups(self) -> list[GroupStep]:
         """Return the groups whose rows may be behind."""
-        groups = enumerate(self.param_groups)
-        return [GroupStep(index, group) for index, group in groups if group["lazy"] != "frozen"]
+        return [group for group in self._group_steps() if group.history is not None]
 
     def _faults(self) -> Any:
         """Return the place where a GPU reports bad row indices; not part of any state dict."""
@@ -201,12 +246,13 @@ class MixedOptimizer(torch.optim.Optimizer):
             raise TypeError(
                 f"{type(module).__name__} has no tensor `weight`: pass the table as `parameter`"
             )
-        for index, options in enumerate(self.param_groups):
-            for position, p in enumerate(options["params"]):
+        for group in self._group_steps():
+            for position, p in enumerate(group.params):
                 if p is table:
-                    group = GroupStep(index, options)
                     rows = len(p) if p.dim() else 1
-                    used = UsedRows(group.name(position), rows, group.index)
+                    used = UsedRows(group.name(position), rows)
+                    if getattr(module, "max_norm", None) is not None:
+                        group.clock.warned.add(p)  # the module itself writes to the rows it reads
                     used.current = group.history is not None and not group.history.started
                     used = self._used_rows().setdefault(p, used)
                     return TrackingHandle(module, used, _Reader(self, p))
@@ -249,32 +295,32 @@ class MixedOptimizer(torch.optim.Optimizer):
                 _native.C.Step(self._faults(), None, None)
             except _native.C.UpdateError as error:
                 raise _native.translated(error, self._label) from None
-        lazy.flush(self._lazy_groups(), self._changes(), progress)
-        for used in self._used_rows().values():
-            history = GroupStep(used.group, self.param_groups[used.group]).history
-            used.current = history is not None and not history.replayed
+        groups = self._lazy_groups()
+        lazy.flush(groups, self._changes(), progress)
+        for p, used in self._used_rows().items():
+            history = next((g.history for g in groups if p in g.clock.params), None)
+            used.current = history is not None and not history.replayed and p.requires_grad
 
     def _changes(self) -> StateChanges:
         return StateChanges(self.state, f"a read of {type(self).__name__}'s rows")
 
     def _label(self, index: int, position: int) -> str:
-        group = GroupStep(index, self.param_groups[index])
-        return f"{type(self).__name__}.step: {group.name(position)}"
+        return f"{type(self).__name__}.step: {self._group_steps()[index].name(position)}"
 
     # ------------------------------------------------------------------------- saving, loading
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as a dict; see ``torch.optim.Optimizer.state_dict``.
 
-        The history of a lazy mode becomes a string of numbers. No flush is needed before.
+        What is counted for groups in a lazy mode and for accumulation windows is in it as plain
+        numbers and strings of numbers. No flush is needed before.
         """
+        clocks = self._clocks.of(self.param_groups)
 
-        def save_histories(_: Any, state_dict: dict[str, Any]) -> None:
-            for group in state_dict["param_groups"]:
-                if isinstance(group.get("history"), History):
-                    group["history"] = group["history"].text()
+        def save_clocks(_: Any, state_dict: dict[str, Any]) -> None:
+            fill_in(state_dict, self.param_groups, clocks)
 
-        hook = self.register_state_dict_post_hook(save_histories, prepend=True)
+        hook = self.register_state_dict_post_hook(save_clocks, prepend=True)
         try:
             return super().state_dict()
         finally:
@@ -285,38 +331,38 @@ class MixedOptimizer(torch.optim.Optimizer):
 
         ``torch.optim.Optimizer`` casts state to the parameter's dtype, which would round float32
         momenta of bfloat16 parameters, and shares the tensors with ``state_dict``. Here every state
-        tensor is copied, to the parameter's device; ``step`` counters stay int64.
-        """
-        loaded: dict[str, Any] = {}
+        tensor is copied, to the parameter's device; ``step`` counters stay int64. Options are those
+        of ``state_dict``, but a group in a lazy mode stays in it where the saved one was "frozen":
+        its rows are taken to be current.
 
-        def remember(_: Any, final: dict[str, Any]) -> None:
-            loaded.update(final)
+        Raises:
+            ValueError: the dict does not fit: other groups or parameters, another algorithm's
+                options or state, an illegal value, a tensor of another shape or kind of dtype, a
+                clock that is ahead of its history. It is checked wholly before anything changes.
+        """
+        loaded = Loaded(self.param_groups)
+
+        def check(_: Any, final: dict[str, Any]) -> dict[str, Any]:
+            return loaded.check(final)
 
         def restore(_: Any) -> None:
-            ids = (i for g in loaded["param_groups"] for i in g["params"])
-            params = ((g, p) for g in self.param_groups for p in g["params"])
-            for i, (group, p) in zip(ids, params, strict=True):
-                for name, value in loaded["state"].get(i, {}).items():
-                    if name == "step":
-                        self.state[p][name] = torch.as_tensor(value).to(
-                            clock_device(p), torch.int64, copy=True
-                        )
-                    elif isinstance(value, Tensor):
-                        self.state[p][name] = value.detach().to(p.device, copy=True)
-                window = self.state.get(p, {}).get("window")
-                if window is not None and window.dim() > 0 and group.get("micro_steps", 0) > 0:
-                    # Distributed checkpointing drops the list, which a fresh optimizer lacks.
-                    self.state[p].setdefault("window_rows", unlisted(p))
+            loaded.restore(self.param_groups, self.state, self._clocks)
+            for used in self._used_rows().values():
+                used.current = False
 
         # Registered last, the first hook sees the dict that all other hooks have made; registered
         # first, the second one lets the others see the final state.
-        before = self.register_load_state_dict_pre_hook(remember)
+        before = self.register_load_state_dict_pre_hook(check)
         after = self.register_load_state_dict_post_hook(restore, prepend=True)
         try:
             super().load_state_dict(state_dict)
         finally:
             before.remove()
             after.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copies and pickles go on from."""
+        return {**super().__getstate__(), "_group_clocks": self._clocks}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from a pickle or state dict; older ones get the newer options' defaults."""
@@ -327,8 +373,11 @@ class MixedOptimizer(torch.optim.Optimizer):
             algorithm = algorithm_of(group.setdefault("algorithm", self._algorithm))
             for name, value in algorithm.defaults.items():
                 group.setdefault(name, value)
-            if "history" in group:
-                group["history"] = History.of(group["history"])
+
+
+def _tensor(number: Any) -> Tensor | None:
+    """Return a number as a tensor, tensors and None as they are."""
+    return number if number is None or isinstance(number, Tensor) else torch.tensor(float(number))
 
 
 def _is_recorded() -> bool:

@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tiger_ext import reference
+from tiger_ext.finish import finish
 from tiger_ext.group_step import GroupStep, is_row_lazy
 from tiger_ext.options import algorithm_of, direction_scale
 from tiger_ext.state import check_shapes
@@ -20,6 +22,10 @@ __all__ = ["ReferenceUpdate", "catch_up_on_reference"]
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Where units are: an index for each of their dimensions; None: the whole parameter is the only one.
 _Where = tuple[Tensor, ...] | None
+# What is written once all of it has been computed.
+_Writes = list[Callable[[], Any]]
+# How many elements `catch_up_on_reference` takes at a time.
+_CHUNK = 1 << 24
 
 
 @dataclass
@@ -30,6 +36,7 @@ class ReferenceUpdate:
         param: the parameter.
         grad: its gradient; None: the step adds none, it closes a window.
         group: its group.
+        position: where it stands in it.
         mask: of the rows that ``rows="tracked"`` found.
         state: set between ``check`` and ``check_state``.
     """
@@ -37,8 +44,10 @@ class ReferenceUpdate:
     param: Tensor
     grad: Tensor | None
     group: GroupStep
+    position: int
     mask: Tensor | None
     state: dict[str, Any]
+    _writes: _Writes | None = field(default=None, init=False)
 
     @property
     def adds(self) -> bool:
@@ -79,9 +88,20 @@ class ReferenceUpdate:
                 raise FloatingPointError("the gradient has a NaN or Inf")
 
     def apply(self, grad_scale: float) -> None:
-        """Update the parameter and its state; gradients are divided by ``grad_scale``."""
+        """Update the parameter and its state; gradients are divided by ``grad_scale``.
+
+        Once: a caller that a signal has interrupted may call again.
+        """
+        if self._writes is None:
+            self._writes = self._computed(grad_scale)
+        for write in self._writes:
+            write()
+        self._writes = []
+
+    def _computed(self, grad_scale: float) -> _Writes:
         where, grad = self._units()
         group, options, state = self.group, self.group.options, self.state
+        writes: _Writes = []
         if self.adds and group.history is not None:
             catch_up_on_reference(self.param, state, group, state["last_step"], where)
         param = self._read(self.param, where)
@@ -90,6 +110,8 @@ class ReferenceUpdate:
             in_window = self._read(state["window"], where).reshape(-1) == group.window
             decays = ~in_window
             if not self.adds:  # all rows for which the window is open
+                if where is None and not bool(in_window):
+                    return writes
                 where = _select(where, in_window)
                 param, decays = param[in_window], decays[in_window]
                 grad = torch.zeros_like(param)
@@ -99,22 +121,28 @@ class ReferenceUpdate:
                 shrunk = reference.shrink(
                     param[~finite], ratio=options["shrink_ratio"], to=options.get("shrink_to", 0.0)
                 )
-                _write(self.param, _select(where, ~finite), shrunk)
+                writes.append(partial(_write, self.param, _select(where, ~finite), shrunk))
             if where is None and not bool(finite):
-                return
+                return writes
             where = _select(where, finite)
             param, grad, decays = param[finite], grad[finite], decays[finite]
+        step = 0
         if "step" in state:
-            state["step"] += 1
+            step = int(state["step"]) + 1
+            writes.append(partial(state["step"].fill_, step))
         if group.window and self.adds:
             number = torch.full_like(decays, group.window, dtype=torch.int32)
-            _write(state["window"], where, number)
-        self._update(where, param, grad / grad_scale, decays)
+            writes.append(partial(_write, state["window"], where, number))
+        writes += self._update(where, param, grad / grad_scale, decays, step)
         if group.history is not None:
             now = group.history.steps + (1 if group.moves(self.adds) else 0)
-            state["last_step"][... if where is None else where] = now
+            place = ... if where is None else where
+            writes.append(partial(_set, state["last_step"], place, now))
+        return writes
 
-    def _update(self, where: _Where, param: Tensor, grad: Tensor, decays: Tensor) -> None:
+    def _update(
+        self, where: _Where, param: Tensor, grad: Tensor, decays: Tensor, step: int
+    ) -> _Writes:
         group, options, state = self.group, self.group.options, self.state
         algorithm = algorithm_of(options["algorithm"])
         relative = options.get("scale") is not None
@@ -123,7 +151,7 @@ class ReferenceUpdate:
             betas=tuple(options["betas"]),
             weight_decay=options["weight_decay"],
             eps=options.get("eps", 0.0),
-            step=int(state.get("step", 0)),
+            step=step,
             direction=options.get("direction", "sign"),
             direction_scale=direction_scale(options),
             rms_floor=options["rms_floor"] if relative else None,
@@ -139,11 +167,14 @@ class ReferenceUpdate:
             [self._read(state[name], where) if name in stored else None for name in names],
             use,
         )
+        written = [
+            (state[name], value)
+            for name, value in zip(names, new_moments, strict=True)
+            if value is not None
+        ]
         if group.moves(self.adds):
-            _write(self.param, where, new_param)
-        for name, value in zip(names, new_moments, strict=True):
-            if value is not None:
-                _write(state[name], where, value)
+            written.append((self.param, new_param))
+        return [partial(_write, tensor, where, value) for tensor, value in written]
 
     # A parameter is updated in units: its touched rows, or the whole of it as the only one.
 
@@ -190,32 +221,61 @@ def _write(tensor: Tensor, where: _Where, units: Tensor) -> None:
         tensor.copy_(units[0])
 
 
+def _set(clock: Tensor, where: Any, step: int) -> None:
+    clock[where] = step
+
+
 def _select(where: _Where, chosen: Tensor) -> _Where:
     return None if where is None else tuple(index[chosen] for index in where)
 
 
 def catch_up_on_reference(
-    p: Tensor, state: Mapping[str, Any], group: GroupStep, last_step: Tensor, where: _Where
+    p: Tensor,
+    state: Mapping[str, Any],
+    group: GroupStep,
+    last_step: Tensor,
+    where: _Where,
+    until: int | None = None,
 ) -> None:
-    """Bring rows, all or those at ``where``, up to date with the group's steps so far."""
+    """Bring rows, all or those at ``where``, up to date with the group's steps so far.
+
+    Or with those up to the step ``until``. May be repeated, also after an interrupt.
+    """
     history = group.history
     assert history is not None
+    now = history.steps if until is None else until
     since = torch.where(last_step < 0, -1 - last_step, last_step)
-    behind = since < history.steps
+    behind = since < now
     if where is not None:
         chosen = torch.zeros_like(behind)
         chosen[where] = True
         behind &= chosen
-    rows = behind.nonzero(as_tuple=True) if behind.dim() else (behind.reshape(1).nonzero()[:, 0],)
-    if len(rows[0]) == 0:
-        return
-    whole = behind.dim() == 0  # the parameter is one row
-    if whole:
-        p, last_step, since = p.unsqueeze(0), last_step.reshape(1), since.reshape(1)
+    if behind.dim() == 0:  # the parameter is one row
+        p, last_step, since, behind = (t.unsqueeze(0) for t in (p, last_step, since, behind))
+        state = {m.name: state[m.name].unsqueeze(0) for m in group.moments() if m.name in state}
+    rows = behind.nonzero()
+    chunk = max(_CHUNK * behind.numel() // max(p.numel(), 1), 1)
+    for some in rows.split(chunk):
+        if len(some) > 0:
+            place = tuple(some.unbind(1))
+            finish(_catch_up(p, state, group, last_step, place, since[place].long(), now))
+
+
+def _catch_up(
+    p: Tensor,
+    state: Mapping[str, Any],
+    group: GroupStep,
+    last_step: Tensor,
+    rows: tuple[Tensor, ...],
+    since: Tensor,
+    now: int,
+) -> Callable[[], None]:
+    """Return what writes rows that have been brought from the step ``since`` to ``now``."""
+    assert group.history is not None
     moments = [moment for moment in group.moments() if moment.name in state]
-    stored = [state[m.name].unsqueeze(0) if whole else state[m.name] for m in moments]
+    stored = [state[moment.name] for moment in moments]
     arithmetic = reference.arithmetic_dtype(p)
-    missed = history.missed(since[rows].long())
+    missed = group.history.missed(since, now)
     each = (-1, *[1] * (p.dim() - len(rows)))
     param, caught_up = reference.catch_up(
         p[rows].to(arithmetic),
@@ -227,8 +287,10 @@ def catch_up_on_reference(
         factors=[missed.betas[moment.beta].reshape(each) for moment in moments],
         floors=[reference.smallest(s.dtype, arithmetic) for s in stored],
     )
-    p[rows] = param.to(p.dtype)
-    for s, moment in zip(stored, caught_up, strict=True):
-        s[rows] = moment.to(s.dtype)
-    now = history.steps
-    last_step[rows] = torch.where(last_step[rows] < 0, -1 - now, now).to(last_step.dtype)
+    clock = torch.where(last_step[rows] < 0, -1 - now, now)
+
+    def write() -> None:
+        for tensor, value in zip([*stored, p, last_step], [*caught_up, param, clock], strict=True):
+            tensor[rows] = value.to(tensor.dtype)
+
+    return write

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tiger_ext.clocks import GroupClock
 from tiger_ext.group_step import GroupStep, is_capturing, is_row_lazy
 from tiger_ext.huge_pages import advise_huge_pages, is_large_table
 from tiger_ext.options import MOMENTS, algorithm_of
@@ -47,13 +48,14 @@ class StateChanges:
         state: the optimizer's, by parameter.
     """
 
-    __slots__ = ("_undo", "_what", "state")
+    __slots__ = ("_clocked", "_undo", "_what", "state")
 
     def __init__(self, state: Any, what: str) -> None:
         """Begin with none; ``what`` says in messages what creates the state."""
         self.state = state
         self._what = what
         self._undo: list[tuple[Tensor, str, Any]] = []
+        self._clocked: list[tuple[GroupClock, Tensor]] = []
 
     def will_set(self, p: Tensor, name: str) -> None:
         """Note how to take back that a state is created or replaced.
@@ -69,15 +71,23 @@ class StateChanges:
             )
         self._undo.append((p, name, self.state[p].get(name)))
 
+    def will_clock(self, p: Tensor, clock: GroupClock) -> None:
+        """Note that a parameter gets its first ``last_step``, or one in place of a cleared one."""
+        self.will_set(p, "last_step")
+        self._clocked.append((clock, p))
+        clock.clocked.add(p)
+
     def take_back(self) -> None:
-        """Put back the state of a step that did not happen."""
+        """Put back the state of a step that did not happen. May be repeated."""
+        for clock, p in self._clocked:
+            clock.clocked.discard(p)
         for p, name, old in reversed(self._undo):
             if old is not None:
                 self.state[p][name] = old
-                continue
-            self.state[p].pop(name, None)
-            if not self.state[p]:
-                del self.state[p]
+            elif p in self.state:
+                self.state[p].pop(name, None)
+        for p in [p for p, state in self.state.items() if not state]:
+            del self.state[p]
         self._undo.clear()
 
 
@@ -103,15 +113,18 @@ def complete_state(p: Tensor, group: GroupStep, changes: StateChanges) -> dict[s
         if large_table:
             advise_huge_pages(new, in_use=False)
         state[moment.name] = new.zero_()
-    if algorithm_of(group.options["algorithm"]).counts_steps and "step" not in state:
-        changes.will_set(p, "step")
-        # In a lazy mode every step of the group counts.
-        done = 0 if group.history is None else group.history.now(p.device)
-        state["step"] = torch.zeros((), dtype=torch.int64, device=clock_device(p)) + done
+    counts = algorithm_of(group.options["algorithm"]).counts_steps and "step" not in state
     if group.window:
         _complete_window(p, group, changes)
     if group.history is not None:
         _complete_last_step(p, group, changes, fresh)
+    if counts:
+        changes.will_set(p, "step")
+        # In a lazy mode every step of the group counts in which the parameter took part.
+        done = 0
+        if group.history is not None:
+            done = group.clock.steps_of(p, group.history.now(p.device))
+        state["step"] = torch.zeros((), dtype=torch.int64, device=clock_device(p)) + done
     return state
 
 
@@ -136,7 +149,7 @@ def check_shapes(p: Tensor, state: dict[str, Any]) -> None:
 
 
 def _complete_last_step(p: Tensor, group: GroupStep, changes: StateChanges, fresh: bool) -> None:
-    history = group.history
+    history, clock = group.history, group.clock
     assert history is not None
     state = changes.state[p]
     old, window, g = state.get("last_step"), state.get("window"), p.grad
@@ -150,14 +163,15 @@ def _complete_last_step(p: Tensor, group: GroupStep, changes: StateChanges, fres
         dims = 1 if p.dim() >= 2 else 0
     if old is not None and old.shape == p.shape[:dims]:
         return
-    changes.will_set(p, "last_step")
     now = history.now(p.device)
     if old is None:
-        # State of an optimizer without clocks is taken to be current.
-        start = -1 - history.begin if fresh else now
+        # State without clocks, of a frozen mode, is taken to be current.
+        start = -1 - clock.begins_at(p) if fresh else now
+        changes.will_clock(p, clock)
         zeros = torch.zeros(p.shape[:dims], dtype=torch.int32, device=p.device)
         state["last_step"] = zeros.add_(start)
         return
+    changes.will_set(p, "last_step")
     # All rows will have caught up.
     touched = old >= 0
     if dims < old.dim():
@@ -174,7 +188,8 @@ def _complete_window(p: Tensor, group: GroupStep, changes: StateChanges) -> None
     strided = p.grad is not None and p.grad.layout == torch.strided
     if old is not None and (old.shape == shape or (strided and old.dim() > 0)):
         return
-    in_window = group.options.get("micro_steps", 0) > 0
+    # Whether a gradient of the open window has touched it.
+    in_window = old is not None and group.in_window and bool((old == group.window).any())
     if old is not None and old.dim() > 0 and in_window:
         raise WindowError(
             f"the gradient's sparse_dim changed from {old.dim()} to {len(shape)} within an "

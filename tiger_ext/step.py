@@ -8,7 +8,7 @@ can take run on the reference beside it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,13 +17,19 @@ import torch
 from torch import Tensor
 
 from tiger_ext import _native
+from tiger_ext.clocks import GroupClock
+from tiger_ext.finish import finish
 from tiger_ext.group_step import GroupStep, is_capturing, is_row_lazy
 from tiger_ext.lazy import (
-    advance_histories,
     catch_up,
+    is_rewritten,
+    look_at_idle,
     note_current_tables,
+    note_version,
     place_histories,
-    prepare_advance,
+    prepare_counting,
+    thaw,
+    warn_if_behind,
 )
 from tiger_ext.options import check_lazy
 from tiger_ext.reference_step import ReferenceUpdate
@@ -44,6 +50,10 @@ class Pass:
     on_reference: list[ReferenceUpdate] = field(default_factory=list)
     # Group, position and last_step of parameters whose rows must be brought up to date before.
     behind: list[tuple[GroupStep, int, Tensor]] = field(default_factory=list)
+    # Likewise of frozen parameters that train again.
+    thawing: list[tuple[GroupStep, int, Tensor]] = field(default_factory=list)
+    # Group and position of those to which others have written.
+    rewritten: list[tuple[GroupStep, int]] = field(default_factory=list)
 
     def cancelled(self, found_inf: Tensor | None) -> bool | None:
         """Return whether AMP cancels the step; None: only a device knows."""
@@ -53,14 +63,20 @@ class Pass:
             return float(found_inf) != 0.0
         return None if self.native is None else self.native.cancelled()
 
-    def apply(self, grad_scale: Tensor | None) -> None:
-        """Write."""
+    def apply(self, grad_scale: Tensor | None, states: Any) -> None:
+        """Write. May be repeated."""
+        for group, position, last_step in self.thawing:
+            thaw(group, position, last_step, states)
+        for group, position, last_step in self.behind:
+            catch_up(group, position, states[group.params[position]], last_step)
         if self.native is not None:
             self.native.apply()
         if self.on_reference:
             scale = 1.0 if grad_scale is None else float(grad_scale)
             for update in self.on_reference:
                 update.apply(scale)
+                if update.group.history is not None:
+                    note_version(update.group, update.position)
 
 
 class Step:
@@ -69,6 +85,7 @@ class Step:
     Args:
         owner: the optimizer's name, for messages.
         groups: its parameter groups.
+        clocks: what it has counted for each of them.
         state: its state, by parameter.
         tracked: what its tracked modules have recorded.
         faults: where a GPU reports what it found wrong; None without native kernels.
@@ -80,6 +97,7 @@ class Step:
         self,
         owner: str,
         groups: list[dict[str, Any]],
+        clocks: list[GroupClock],
         state: Any,
         tracked: dict[Tensor, UsedRows],
         faults: Any,
@@ -88,12 +106,13 @@ class Step:
     ) -> None:
         """Change nothing yet."""
         self._what = f"{owner}.step"
-        self._options = groups
+        self._options, self._clocks = groups, clocks
         self._groups: list[GroupStep] = []
         self._tracked, self._faults = tracked, faults
         self._grad_scale, self._found_inf = grad_scale, found_inf
         self._changes = StateChanges(state, self._what)
         self._windows: list[WindowRows] = []
+        self._written = False
 
     def take(self) -> None:
         """Take it; see ``MixedOptimizer.step`` for what it raises."""
@@ -104,44 +123,87 @@ class Step:
             )
         if self._found_inf is not None and self._host_reads_found_inf():
             if float(self._found_inf) != 0.0:
+                self._forget_ids()
                 return
             self._found_inf = None
-        found_inf = self._found_inf
-        groups = self._groups = [GroupStep(i, options) for i, options in enumerate(self._options)]
-        lazy = [group for group in groups if group.history is not None]
+        groups = self._begin()
+        self._take(groups, [group for group in groups if group.closes], adds=True)
+
+    def close_windows(self) -> None:
+        """Close the open accumulation windows without another gradient."""
+        groups = self._begin()
+        for group in groups:
+            group.closes = group.in_window
+            if group.closes:
+                self._windows += window_rows(group, self._changes.state, adds=False)
+        closing = [group for group in groups if group.closes]
+        if closing:
+            self._take(closing, closing, adds=False)
+
+    def _begin(self) -> list[GroupStep]:
+        each = zip(self._options, self._clocks, strict=True)
+        self._groups = [GroupStep(i, group, clock) for i, (group, clock) in enumerate(each)]
+        return self._groups
+
+    def _take(self, groups: list[GroupStep], closing: list[GroupStep], *, adds: bool) -> None:
+        """Do it wholly or, if it raises, not at all; if a signal's handler raises, either."""
+        write: Callable[[], None] | None = None
         try:
-            if lazy:
-                place_histories(lazy)
-            passes = [self._prepare(groups, adds=True)]
-            closing = [group for group in groups if group.closes]
-            if closing:
-                passes.append(self._prepare(closing, adds=False))
-            unknown = False
-            if found_inf is not None:
-                cancelled = [each.cancelled(found_inf) for each in passes]
-                if any(cancelled):
-                    self._changes.take_back()
-                    return
-                unknown = None in cancelled
-            if lazy:
-                prepare_advance(lazy, self._changes.state, passes[-1].native)
+            write = self._prepare_all(groups, closing, adds=adds)
+            if write is not None:
+                finish(write)
+            else:
+                finish(self._changes.take_back)
+                self._forget_ids()
         except BaseException as error:
-            self._changes.take_back()
+            if write is None:
+                finish(self._changes.take_back)
+            elif not self._written:
+                finish(write)
             if _native.C is not None and isinstance(error, _native.C.UpdateError):
                 raise _native.translated(error, self._label) from None
             raise
-        for each in passes:
-            for group, position, last_step in each.behind:
-                state = self._changes.state[group.params[position]]
-                catch_up(group, position, state, last_step)
-            each.apply(self._grad_scale)
+
+    def _prepare_all(
+        self, groups: list[GroupStep], closing: list[GroupStep], *, adds: bool
+    ) -> Callable[[], None] | None:
+        """Check and allocate; return what writes, or None if AMP cancels the step."""
+        found_inf, states = self._found_inf, self._changes.state
+        lazy = [group for group in groups if group.history is not None]
         if lazy:
-            advance_histories(
-                lazy, self._changes.state, passes[-1].native, found_inf if unknown else None
-            )
-            note_current_tables(self._tracked, groups, certain=not unknown)
-        if any(group.window for group in groups):
-            advance_windows(groups, self._windows, self._changes.state)
+            place_histories(lazy)
+        passes = [self._prepare(groups, adds=True)] if adds else []
+        if closing:
+            passes.append(self._prepare(closing, adds=False))
+        unknown = False
+        if found_inf is not None:
+            cancelled = [each.cancelled(found_inf) for each in passes]
+            if any(cancelled):
+                return None
+            unknown = None in cancelled
+        counting = prepare_counting(lazy, states, passes[-1].native) if lazy else None
+        for each in passes:
+            for group, position in each.rewritten:
+                warn_if_behind(group, position, states)
+
+        def write() -> None:
+            for each in passes:
+                each.apply(self._grad_scale, states)
+            if counting is not None:
+                counting.count(found_inf if unknown else None)
+                note_current_tables(self._tracked, lazy, adds=adds, certain=not unknown)
+            if any(group.window for group in groups):
+                advance_windows(groups, self._windows, states)
+            if adds:
+                self._forget_ids()
+            self._written = True
+
+        return write
+
+    def _forget_ids(self) -> None:
+        """The next step's record of used rows begins; also after a step that AMP cancelled."""
+        for used in self._tracked.values():
+            used.clear()
 
     def _host_reads_found_inf(self) -> bool:
         # The windows' clock is on the host.
@@ -170,6 +232,7 @@ class Step:
             if adds and group.history is not None:
                 check_lazy(group.options)
                 group.history.check_room()
+                self._prepare_thaw(this, group)
             rows = _NO_ROWS
             if not adds:
                 rows = {window.param: window.rows for window in self._windows}
@@ -219,14 +282,17 @@ class Step:
             rows,
             None if history is None else history.native(),
         )
-        without_state, rest, lagging = this.native.add_group(*arguments, None)
+        without_state, rest, lagging, idle, rewritten = this.native.add_group(*arguments, None)
+        this.rewritten += [(group, position) for position in rewritten]
+        if idle:
+            look_at_idle(group, idle, self._changes)
         if without_state:
             for position in without_state:
                 self._complete_state(this, group, position)
                 if history is not None:
                     device = group.params[position].device
                     history.place(device, many=group.options["capturable"])
-            still_without, _, late = this.native.add_group(*arguments, without_state)
+            still_without, _, late, _, _ = this.native.add_group(*arguments, without_state)
             if still_without:
                 raise RuntimeError(
                     f"{self._label(group.index, still_without[0])}: its state lacks what the "
@@ -249,10 +315,17 @@ class Step:
         states = self._changes.state
         for position in positions:
             p = group.params[position]
-            if p.grad is None if adds else "window" not in states.get(p, {}):
+            python_only = group.history is not None and not group.native
+            if adds and python_only and is_rewritten(group, position):
+                this.rewritten.append((group, position))
+            if adds and p.grad is None:
+                if python_only and (not p.requires_grad or "last_step" not in states.get(p, {})):
+                    look_at_idle(group, [position], self._changes)
+                continue
+            if not adds and "window" not in states.get(p, {}):
                 continue
             mask = rows.get(p) if adds else None
-            update = ReferenceUpdate(p, p.grad if adds else None, group, mask, {})
+            update = ReferenceUpdate(p, p.grad if adds else None, group, position, mask, {})
             with self._labelled(group, position):
                 update.check()
             if adds:
@@ -262,6 +335,16 @@ class Step:
                 update.check_state()
             if not p.is_meta:
                 this.on_reference.append(update)
+
+    def _prepare_thaw(self, this: Pass, group: GroupStep) -> None:
+        """Note which frozen parameters train again; their state may begin here."""
+        for p in group.clock.thawing():
+            position = next(i for i, q in enumerate(group.params) if q is p)
+            last_step = self._changes.state.get(p, {}).get("last_step")
+            self._complete_state(this, group, position)
+            if last_step is None:
+                last_step = self._changes.state[p]["last_step"]
+            this.thawing.append((group, position, last_step))
 
     def _complete_state(self, this: Pass, group: GroupStep, position: int) -> None:
         p = group.params[position]

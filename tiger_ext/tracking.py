@@ -17,15 +17,13 @@ class UsedRows:
     """Which rows of one parameter its tracked modules have read since the last step.
 
     Attributes:
-        group: where the parameter's group stands in the optimizer.
         current: whether all rows are known to be up to date.
     """
 
-    def __init__(self, name: str, rows: int, group: int) -> None:
+    def __init__(self, name: str, rows: int) -> None:
         """Start with none of the ``rows`` rows of the parameter ``name`` used."""
         self.name = name
         self.rows = rows
-        self.group = group
         self.current = False
         self.modules = 0
         self._ids: list[Tensor] = []

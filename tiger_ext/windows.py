@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Accumulation windows: which rows the micro-steps have touched, and the windows' clock.
-
-Group keys: ``windows``, those that were closed, and ``micro_steps``, those of the open one.
-"""
+"""Accumulation windows: which rows the micro-steps have touched, and the windows' clock."""
 
 from __future__ import annotations
 
@@ -28,15 +25,17 @@ class WindowRows:
     rows: Tensor
 
 
-def window_rows(group: GroupStep, states: Mapping[Tensor, Any]) -> list[WindowRows]:
-    """Return the rows of the open windows once this step's gradients have been added."""
+def window_rows(
+    group: GroupStep, states: Mapping[Tensor, Any], *, adds: bool = True
+) -> list[WindowRows]:
+    """Return the rows of the open windows, ``adds``: once this step's gradients have been added."""
     found = []
     for p in group.params:
         state = states.get(p)
         if not state or "window" not in state or state["window"].dim() == 0:
             continue
         rows = state.get("window_rows")
-        g = p.grad
+        g = p.grad if adds else None
         if g is not None and g.layout == torch.sparse_coo:
             new = g._indices().detach().to(torch.int64)
             if rows is None:
@@ -53,7 +52,10 @@ def window_rows(group: GroupStep, states: Mapping[Tensor, Any]) -> list[WindowRo
 def advance_windows(
     groups: list[GroupStep], rows: list[WindowRows], states: Mapping[Tensor, Any]
 ) -> None:
-    """Count the micro-step that was taken, and keep the rows of windows that stay open."""
+    """Count the micro-step that was taken, and keep the rows of windows that stay open.
+
+    May be repeated.
+    """
     for each in rows:
         state = states[each.param]
         if each.group.closes:
@@ -61,10 +63,6 @@ def advance_windows(
         else:
             state["window_rows"] = each.rows
     for group in groups:
-        if not group.window:
-            continue
-        options = group.options
-        # Both from the first micro-step on: distributed checkpointing fills what a fresh optimizer
-        # has after one.
-        options["windows"] = options.get("windows", 0) + group.closes
-        options["micro_steps"] = 0 if group.closes else options.get("micro_steps", 0) + 1
+        if group.window:
+            group.clock.windows = group.window if group.closes else group.window - 1
+            group.clock.micro_steps = 0 if group.closes else group.micro_step

@@ -13,9 +13,12 @@
 
 #include <map>
 #include <memory>
+#include <mutex>
 #include <optional>
+#include <set>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "step/checks.h"
@@ -131,11 +134,11 @@ RuleParams make_rule(const std::string& family, const py::dict& group, double di
   return r;
 }
 
-// Brings a table's rows up to date: those of `ids`, or rows [begin, end). Returns false if there is
-// no kernel for the parameter.
+// Brings rows of the table at `position` of its group up to date: those of `ids`, or [begin, end).
+// Returns false if there is no kernel for the parameter.
 bool catch_up(const at::Tensor& param, const std::vector<at::Tensor>& states,
               const at::Tensor& last_step, const RuleParams& rule, GroupHistory& history,
-              const std::optional<at::Tensor>& ids, int64_t begin, int64_t end) {
+              int64_t position, const std::optional<at::Tensor>& ids, int64_t begin, int64_t end) {
   const CatchUpFunction function = catch_up_function(param.device().type());
   if (!function || !history.has(param.device()) || !plain(param) ||
       param.layout() != at::kStrided || !is_storage_type(param.scalar_type()))
@@ -149,8 +152,11 @@ bool catch_up(const at::Tensor& param, const std::vector<at::Tensor>& states,
   u.rule = rule;
   history.use(u.rule, param.device());
   for (int k = 0; k < names.states; ++k) u.states[k] = states[k];
-  py::gil_scoped_release release;
+  const auto stretches = history.stretches();
+  const py::gil_scoped_release release;
+  const std::lock_guard lock(history.rows());
   function(u, ids ? *ids : at::Tensor(), begin, end);
+  history.note(position, param);
   return true;
 }
 
@@ -167,9 +173,12 @@ class Step {
   // Adds the parameters of one group that have a gradient or, where the rule adds none, a window;
   // of all, or of those at `positions`. `rows` has, by parameter, the mask of its touched rows, or
   // the list of those of its window. `history` is that of a group in a lazy mode. Returns
-  // (without_state, not_native, lagging): positions of parameters that were not added because their
-  // state, or the history where they are, must be created first, or because no native kernel can
-  // update them; and of those that were, but have rows that must catch up before `apply`.
+  // positions:
+  //     without_state  not added: the state, or the history there, must be created first
+  //     not_native     not added: no native kernel can update the parameter
+  //     lagging        added, but has rows that must catch up before `apply`
+  //     idle           in a lazy mode, without a gradient: does not train, or has no clock
+  //     rewritten      in a lazy mode: others have written to it since the last step
   py::tuple add_group(const py::list& params, const py::dict& state, int group,
                       const RuleParams& group_rule, const py::object& lr, const py::dict& rows,
                       const std::shared_ptr<GroupHistory>& history,
@@ -180,13 +189,17 @@ class Step {
     PyObject* const step_key = interned("step");
     PyObject* const window_key = interned("window");
     PyObject* const last_step_key = interned("last_step");
-    py::list without_state, not_native, lagging;
+    py::list without_state, not_native, lagging, idle, rewritten;
+    const bool lazy = group_rule.lazy != Lazy::kFrozen;
     Update u;
     RuleParams rule = group_rule;
     if (THPVariable_Check(lr.ptr())) u.lr = tensor(lr);
     else rule.lr = lr.cast<double>();
     u.group = group;
-    if (history) histories_.push_back(history);
+    if (history) {
+      histories_.insert(history);
+      stretches_.push_back(history->stretches());
+    }
 
     const int64_t count =
         positions ? static_cast<int64_t>(positions->size()) : PyList_GET_SIZE(params.ptr());
@@ -197,13 +210,28 @@ class Step {
       const auto held = py::reinterpret_borrow<py::object>(PyList_GET_ITEM(params.ptr(), i));
       PyObject* const object = held.ptr();
       u.param = tensor(held);
+      if (lazy && rule.adds && !positions) {
+        // Unless another thread is about to bring rows up to date.
+        if (const std::unique_lock lock(history->rows(), std::try_to_lock); lock) {
+          if (history->rewritten(i, u.param)) rewritten.append(i);
+          history->note(i, u.param);
+        }
+      }
       if (rule.adds) {
         u.grad = gradient(object, u.param);
-        if (!u.grad.defined()) continue;
-        u.grad = materialized(u.grad);
+        if (!u.grad.defined() && !lazy) continue;
       }
       PyObject* const own = PyDict_GetItemWithError(state.ptr(), object);
       if (!own && PyErr_Occurred()) throw py::error_already_set();
+      if (rule.adds) {
+        if (!u.grad.defined()) {
+          const bool clocked = own && PyDict_Check(own) && PyDict_Contains(own, last_step_key) == 1;
+          if (PyErr_Occurred()) throw py::error_already_set();
+          if (!clocked || !u.param.requires_grad()) idle.append(i);
+          continue;
+        }
+        u.grad = materialized(u.grad);
+      }
       if (!rule.adds) {  // only what is in a window takes part
         const int in_window = own && PyDict_Check(own) ? PyDict_Contains(own, window_key) : 0;
         if (in_window < 0) throw py::error_already_set();
@@ -223,7 +251,6 @@ class Step {
       for (int k = 0; k < names.states && complete; ++k) complete = read(own, keys[k], u.states[k]);
       if (names.counts_steps && complete) complete = read(own, step_key, u.step);
       if (rule.window && complete) complete = read(own, window_key, u.window);
-      const bool lazy = rule.lazy != Lazy::kFrozen;
       if (lazy && complete)
         complete = read(own, last_step_key, u.last_step) && history->has(u.param.device());
       if (PyErr_Occurred()) throw py::error_already_set();
@@ -260,21 +287,22 @@ class Step {
         u.values = impl->values();
         u.coalesced = impl->coalesced();
         u.grad.reset();
-      } else if (PyObject* r =
-                     rows.empty() ? nullptr : PyDict_GetItemWithError(rows.ptr(), object)) {
-        const at::Tensor& t = tensor(r);
-        if (rule.adds) u.mask = t;
-        else if (t.size(0) > 0 && u.window.dim() > 0) u.indices = t;
+      } else if (!rows.empty()) {
+        PyObject* const r = PyDict_GetItemWithError(rows.ptr(), object);
+        if (!r && PyErr_Occurred()) throw py::error_already_set();
+        if (r && rule.adds) u.mask = tensor(r);
+        else if (r && tensor(r).size(0) > 0 && u.window.dim() > 0) u.indices = tensor(r);
       }
       if (lazy && rule.adds && !sparse && !goes_by_rows(u) && device->lags(u)) lagging.append(i);
       device->add(u);
+      if (lazy) written_.push_back({history, i, u.param});
       u.grad.reset();
       u.indices.reset();
       u.values.reset();
       u.mask.reset();
       u.coalesced = false;
     }
-    return py::make_tuple(without_state, not_native, lagging);
+    return py::make_tuple(without_state, not_native, lagging, idle, rewritten);
   }
 
   void prepare() {
@@ -290,9 +318,14 @@ class Step {
     return known;
   }
 
+  // Once: a caller that a signal has interrupted may call again.
   void apply() {
-    py::gil_scoped_release release;
+    if (std::exchange(applied_, true)) return;
+    const py::gil_scoped_release release;
+    std::vector<std::unique_lock<std::mutex>> locks;
+    for (const auto& history : histories_) locks.emplace_back(history->rows());
     for (const auto& [type, step] : devices_) step->apply();
+    for (const Written& w : written_) w.history->note(w.position, w.param);
   }
 
   // Steps of groups in a lazy mode: (history, group, lr, weight_decay, first beta, last beta).
@@ -325,8 +358,10 @@ class Step {
     for (const auto& [device, w] : work) device->will_advance(w.steps, w.counters);
   }
 
+  // Once, as `apply`.
   void advance() {
-    py::gil_scoped_release release;
+    if (std::exchange(advanced_, true)) return;
+    const py::gil_scoped_release release;
     for (const auto& [type, step] : devices_) step->advance();
   }
 
@@ -363,8 +398,17 @@ class Step {
            ", the parameter has shape ", u.param.sizes(), " on device ", u.param.device());
   }
 
+  struct Written {
+    std::shared_ptr<GroupHistory> history;
+    int64_t position;
+    at::Tensor param;
+  };
+
   StepContext context_;
-  std::vector<std::shared_ptr<GroupHistory>> histories_;  // which rules point into
+  std::set<std::shared_ptr<GroupHistory>> histories_;  // in one order for all threads: of addresses
+  std::vector<std::shared_ptr<const GroupHistory::Stretches>> stretches_;  // rules point into them
+  std::vector<Written> written_;
+  bool applied_ = false, advanced_ = false;
   std::map<c10::DeviceType, std::unique_ptr<DeviceStep>> devices_;
 };
 
@@ -414,6 +458,8 @@ void bind_eager(py::module_& m) {
              return copy == h.copies().end() ? std::nullopt : std::optional(copy->second->steps());
            })
       .def("forget", &GroupHistory::forget)
+      .def("rewritten", &GroupHistory::rewritten)
+      .def("note", &GroupHistory::note)
       .def("read", [](const GroupHistory& h) {
         const HistoryNumbers numbers = h.copies().begin()->second->read();
         std::vector<Setting> settings;

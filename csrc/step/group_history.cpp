@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "step/group_history.h"
 
+#include <algorithm>
 #include <array>
 #include <atomic>
+#include <utility>
 
 namespace tiger_ext {
 namespace {
@@ -24,22 +26,28 @@ HistoryCopyFactory history_copy_factory(c10::DeviceType device) {
 }
 
 void GroupHistory::append(const HistorySetting& s) {
-  const int64_t count = static_cast<int64_t>(stretches_.size());
-  stretches_.emplace_back();
-  stretches_.resize(
-      append_step(stretches_.data(), count, s.first, s.lr, s.weight_decay, s.beta1, s.beta2));
+  const size_t count = stretches_->size();
+  if (count == stretches_->capacity()) {  // never in place: somebody may be reading
+    auto larger = std::make_shared<Stretches>();
+    larger->reserve(std::max<size_t>(2 * count, 16));
+    *larger = *stretches_;
+    stretches_ = std::move(larger);
+  }
+  stretches_->emplace_back();
+  stretches_->resize(append_step(stretches_->data(), static_cast<int64_t>(count), s.first, s.lr,
+                                 s.weight_decay, s.beta1, s.beta2));
 }
 
 void GroupHistory::bring_to(int32_t steps) {
-  if (steps == current_ && stretches_.size() == known_) return;
+  if (steps == current_ && stretches_->size() == known_) return;
   static std::atomic<uint32_t> states{0};
   number_ = ++states;
   current_ = steps;
-  known_ = stretches_.size();
+  known_ = stretches_->size();
 }
 
 void GroupHistory::forget() {
-  stretches_.clear();
+  stretches_ = std::make_shared<Stretches>();
   known_ = ~size_t{0};
   for (const auto& [device, copy] : copies_) copy->forget();
 }
@@ -57,7 +65,7 @@ void GroupHistory::use(RuleParams& rule, c10::Device device) const {
   if (history_copy_factory(device.type())) return copies_.at(device)->use(rule);
   rule.current = current_;
   rule.history = number_;
-  rule.stretches = stretches_.data();
+  rule.stretches = stretches_->data();
   rule.stretch_count = static_cast<int64_t>(known_);
 }
 
@@ -66,6 +74,18 @@ bool GroupHistory::place(c10::Device device, const HistoryNumbers& numbers, bool
   if (!make) return false;
   if (!copies_.count(device)) copies_.emplace(device, make(device, numbers, many));
   return true;
+}
+
+bool GroupHistory::rewritten(int64_t position, const at::Tensor& param) const {
+  if (position >= static_cast<int64_t>(seen_.size()) || param.is_inference()) return false;
+  const Seen& seen = seen_[position];
+  return seen.param == param.unsafeGetTensorImpl() && seen.version != param._version();
+}
+
+void GroupHistory::note(int64_t position, const at::Tensor& param) {
+  if (param.is_inference()) return;
+  if (position >= static_cast<int64_t>(seen_.size())) seen_.resize(position + 1);
+  seen_[position] = {param.unsafeGetTensorImpl(), param._version()};
 }
 
 }  // namespace tiger_ext

@@ -10,6 +10,7 @@
 
 #include <map>
 #include <memory>
+#include <mutex>
 #include <vector>
 
 #include "rules/history.h"
@@ -82,8 +83,28 @@ class GroupHistory {
 
   const Copies& copies() const { return copies_; }
 
+  // What a rule points to. Whoever uses one without the GIL holds these, as other threads may
+  // append and forget meanwhile.
+  using Stretches = std::vector<Stretch>;
+  std::shared_ptr<const Stretches> stretches() const { return stretches_; }
+  // Held while kernels on the CPU write rows of the group: a thread that reads tracked rows may
+  // bring them up to date while another one takes a step.
+  std::mutex& rows() { return rows_; }
+
+  // Whether anybody else has written to the group's parameter at `position` since `note`, as its
+  // version counter tells; false for another parameter than was noted.
+  bool rewritten(int64_t position, const at::Tensor& param) const;
+  void note(int64_t position, const at::Tensor& param);
+
  private:
-  std::vector<Stretch> stretches_;
+  struct Seen {
+    const void* param = nullptr;
+    int64_t version = 0;
+  };
+
+  std::shared_ptr<Stretches> stretches_ = std::make_shared<Stretches>();
+  std::mutex rows_;
+  std::vector<Seen> seen_;
   size_t known_ = 0;
   int32_t current_ = -1;
   uint32_t number_ = 0;

@@ -17,7 +17,7 @@ from both import (
     moved,
     problem,
 )
-from cases import RULES, dense_grad, every_rule, parameter, sparse_grad
+from cases import RULES, clock_of, dense_grad, every_rule, parameter, sparse_grad
 from oracle import same_bits, unchanged
 from torch.nn import Parameter
 
@@ -245,7 +245,7 @@ def test_a_lazy_step_with_tracked_reads_never_waits(rule, lazy, amp):
         torch.cuda.set_sync_debug_mode("default")
     assert not torch.cuda.current_stream().query(), "the step waited for the GPU"
     torch.cuda.synchronize()
-    assert opt.param_groups[0]["history"].steps == 4
+    assert clock_of(opt).history.steps == 4
 
 
 @every_lazy
@@ -275,7 +275,7 @@ def test_a_captured_iteration_of_a_lazy_table_is_replayed(rule, lazy):
         each.flush()
     assert_agree(copied.weight, table.weight, "after the flush")
     last = [o.state[t.weight]["last_step"] for t, o in ((table, eager), (copied, opt))]
-    assert torch.equal(*last) and opt.param_groups[0]["history"].steps == len(batches)
+    assert torch.equal(*last) and clock_of(opt).history.steps == len(batches)
 
 
 @every_lazy
@@ -295,7 +295,7 @@ def test_a_captured_lazy_step_that_is_cancelled_did_not_happen(rule, lazy):
     for each in (eager, opt):
         each.flush()
     assert_agree(copied.weight, table.weight, "after the flush")
-    assert opt.param_groups[0]["history"].steps == 5
+    assert clock_of(opt).history.steps == 5
 
 
 @every_lazy

@@ -24,7 +24,7 @@ from both import (
     moved,
     synchronize,
 )
-from cases import FLOATS, RULES, dense_grad, parameter, views
+from cases import FLOATS, RULES, clock_of, dense_grad, parameter, views
 from torch.nn import Parameter
 
 F32, F64, BF16, F16 = FLOATS.values()
@@ -94,7 +94,7 @@ def compare(task, flush=()):
     device = Side(task, DEVICE)
     for k, (found, wanted) in enumerate(zip(taken(device, flush), expected, strict=True)):
         agree(found, wanted, f"snapshot {k}", k + 1)
-    assert device.opt.param_groups[0]["history"].on_devices
+    assert clock_of(device.opt).history.on_devices
 
 
 # ------------------------------------------------------------------------------------------ rows
@@ -248,11 +248,11 @@ def test_cancelled_steps_did_not_happen(rule, lazy):
         advance(amp, number, functools.partial(device_step, found_inf=found_inf))
         if number not in cancelled:
             advance(plain, number)
-    history = amp.opt.param_groups[0]["history"]
+    history = clock_of(amp.opt).history
     assert history._behind
     for name, t in plain.snapshot().items():
         assert_agree(amp.snapshot()[name], t, name)
-    assert history.saved() == plain.opt.param_groups[0]["history"].saved()
+    assert history.saved() == clock_of(plain.opt).history.saved()
     assert not history._behind and history.steps == 6
     for side in (amp, plain):
         side.opt.flush()
@@ -483,15 +483,15 @@ def test_a_captured_history_does_not_move_and_says_when_it_is_full():
         with pytest.raises(RuntimeError, match=r"flush\(\).*1024 times"):
             opt.step()
         opt.flush()
-        assert opt.param_groups[0]["history"].settings == []
+        assert clock_of(opt).history.settings == []
         lr.fill_(0.25)
         device_step(opt)
-        assert opt.param_groups[0]["history"].settings[0][1] == 0.25
+        assert clock_of(opt).history.settings[0][1] == 0.25
     for number in range(1500):  # between replays it may move
         lr.fill_(0.01 + 1e-5 * number)
         device_step(opt)
     opt.step()
-    assert len(opt.param_groups[0]["history"].settings) >= 1500
+    assert len(clock_of(opt).history.settings) >= 1500
 
 
 @needs_emulation
@@ -504,4 +504,4 @@ def test_a_history_cannot_begin_within_a_capture():
         opt.step()
     assert torch.equal(p.detach(), before)
     opt.step()
-    assert opt.param_groups[0]["history"].steps == 1
+    assert clock_of(opt).history.steps == 1

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an optimizer counts for its parameter groups: steps of lazy modes, accumulation windows.
+
+It belongs to the optimizer and not to the groups' dicts, which others copy, share between
+optimizers and hand on. The dicts have placeholders of these keys, which state dicts fill in and
+distributed checkpointing expects: ``history``, ``windows`` and ``micro_steps``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from tiger_ext.history import History
+
+__all__ = ["PLACEHOLDERS", "Clocks", "GroupClock"]
+
+# Keys of a parameter group that only state dicts give a meaning.
+PLACEHOLDERS: dict[str, Any] = {"history": "", "windows": 0, "micro_steps": 0}
+
+
+class GroupClock:
+    """The counters of one parameter group.
+
+    Attributes:
+        history: the steps of a lazy mode; None: the group has never been in one.
+        windows: the accumulation windows that were closed.
+        micro_steps: the steps of the open one.
+        begins: of parameters without a state: the step after which they began to take part, if
+            that was not the first.
+        frozen: of parameters that do not take part (``requires_grad`` is False): the step up to
+            which they did.
+        clocked: the parameters that have, or had, a ``last_step``.
+        versions: where no kernels are used: the versions of parameters, to notice other writers.
+        warned: the parameters of which it need not be said (again) that others wrote to rows that
+            were behind.
+    """
+
+    __slots__ = (
+        "begins",
+        "clocked",
+        "frozen",
+        "history",
+        "micro_steps",
+        "params",
+        "versions",
+        "warned",
+        "windows",
+    )
+
+    def __init__(self, params: Iterable[Tensor]) -> None:
+        """Begin, for a group of these parameters."""
+        self.params = set(params)
+        self.history: History | None = None
+        self.windows, self.micro_steps = 0, 0
+        self.begins: dict[Tensor, int] = {}
+        self.frozen: dict[Tensor, int] = {}
+        self.clocked: set[Tensor] = set()
+        self.versions: dict[Tensor, int] = {}
+        self.warned: set[Tensor] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copies go on from."""
+        passing = ("versions", "warned")
+        return {name: getattr(self, name) for name in self.__slots__ if name not in passing}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore it."""
+        self.__init__(())  # type: ignore[misc]
+        for name, value in state.items():
+            setattr(self, name, value)
+
+    # ------------------------------------------------------------------------ who takes part
+
+    def begins_at(self, p: Tensor) -> int:
+        """Return the step after which a parameter that has no ``last_step`` began to take part."""
+        history = self.history
+        assert history is not None
+        if p in self.clocked or p not in self.params:  # its state was cleared; it is another table
+            self.clocked.discard(p)
+            self.params.add(p)
+            self.begins[p] = history.steps
+        return max(self.begins.get(p, 0), history.begin)
+
+    def steps_of(self, p: Tensor, now: Any) -> Any:
+        """Return in how many of the ``now`` steps a parameter without a state has taken part."""
+        return self.frozen.get(p, now) - self.begins.get(p, 0)
+
+    def freeze(self, p: Tensor) -> None:
+        """Note that a parameter does not take part from now on."""
+        if p not in self.frozen:
+            assert self.history is not None
+            self.frozen[p] = self.history.steps
+
+    def thawing(self) -> list[Tensor]:
+        """Return the frozen parameters that train again."""
+        return [p for p in self.frozen if p.requires_grad or p.grad is not None]
+
+    def admit(self, params: Iterable[Tensor]) -> list[Tensor]:
+        """Take in parameters that the group's list has got since; return those that are new."""
+        params = set(params)
+        new = [p for p in params if p not in self.params]
+        self.params = params
+        if self.history is not None:
+            for p in new:
+                self.begins[p] = self.history.steps
+        for old in (self.begins, self.frozen, self.versions):
+            for p in [p for p in old if p not in params]:
+                del old[p]
+        self.clocked &= params
+        return new
+
+    # ------------------------------------------------------------------------- state dicts
+
+    def numbers(self) -> dict[str, Any]:
+        """Return what a saved group has under the keys of ``PLACEHOLDERS``, plain numbers."""
+        return {
+            "history": "" if self.history is None else self.history.text(),
+            "windows": self.windows,
+            "micro_steps": self.micro_steps,
+        }
+
+    def numbers_of(self, p: Tensor) -> dict[str, int]:
+        """Return what a saved parameter's state has beside its tensors."""
+        found = {"begins_at": self.begins.get(p), "frozen_at": self.frozen.get(p)}
+        return {name: number for name, number in found.items() if number is not None}
+
+
+class Clocks:
+    """The clocks of an optimizer's groups, which are known by identity or else by a parameter."""
+
+    def __init__(self) -> None:
+        """Know no group yet."""
+        self._known: list[tuple[dict[str, Any], GroupClock]] = []
+
+    def of(self, groups: list[dict[str, Any]]) -> list[GroupClock]:
+        """Return the clock of each group, a new one where there is none.
+
+        Groups may have been added, removed, moved or replaced by copies.
+        """
+        known = self._known
+        if len(known) != len(groups) or any(
+            g is not group or len(clock.params) != len(g["params"])
+            for g, (group, clock) in zip(groups, known, strict=True)
+        ):
+            known = self._match(groups)
+        return [clock for _, clock in known]
+
+    def _match(self, groups: list[dict[str, Any]]) -> list[tuple[dict[str, Any], GroupClock]]:
+        free = [clock for group, clock in self._known if all(group is not g for g in groups)]
+        own = {id(group): clock for group, clock in self._known}
+        matched = []
+        for group in groups:
+            clock = own.get(id(group))
+            if clock is None:
+                clock = next((c for c in free if not c.params.isdisjoint(group["params"])), None)
+                if clock is None:
+                    clock = GroupClock(group["params"])
+                else:
+                    free.remove(clock)
+            clock.admit(group["params"])
+            matched.append((group, clock))
+        self._known = matched
+        return matched
+
+    def replace(self, groups: list[dict[str, Any]], clocks: list[GroupClock]) -> None:
+        """Give each group another clock."""
+        warned = {p for _, clock in self._known for p in clock.warned}
+        for clock in clocks:
+            clock.warned = warned & clock.params
+        self._known = list(zip(groups, clocks, strict=True))
+
+
+def without_placeholders(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of a group's dict without what another optimizer has counted."""
+    return {key: value for key, value in group.items() if key not in PLACEHOLDERS}

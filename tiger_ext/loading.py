@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""State dicts: what of an optimizer's counters is in them, and whether one fits before it loads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from tiger_ext.clocks import PLACEHOLDERS, Clocks, GroupClock
+from tiger_ext.group_step import parameter_name
+from tiger_ext.history import MAX_STEPS, History
+from tiger_ext.options import ALGORITHMS, Algorithm, algorithm_of, check_lazy, check_option
+from tiger_ext.state import clock_device, unlisted
+
+__all__ = ["Loaded", "fill_in"]
+
+# Options of other optimizers that make another rule under the same names: what they must be.
+_OTHER_RULES = {
+    "amsgrad": False,
+    "centered": False,
+    "differentiable": False,
+    "dampening": False,
+    "decoupled_weight_decay": True,
+    "momentum": False,
+    "momentum_decay": False,
+    "nesterov": False,
+}
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
+
+
+def fill_in(
+    state_dict: dict[str, Any], groups: list[dict[str, Any]], clocks: list[GroupClock]
+) -> None:
+    """Put what has been counted into a state dict, in the place of the placeholders."""
+    for saved, group, clock in zip(state_dict["param_groups"], groups, clocks, strict=True):
+        numbers = clock.numbers()
+        counted = {"history": clock.history is not None, "windows": clock.windows > 0}
+        for name, number in numbers.items():
+            if name in saved or counted.get(name, clock.micro_steps > 0):
+                saved[name] = number
+        for i, p in zip(saved["params"], group["params"], strict=True):
+            if own := clock.numbers_of(p):
+                state_dict["state"][i] = {**state_dict["state"].get(i, {}), **own}
+
+
+class Loaded:
+    """A state dict on its way into an optimizer: checked and copied first, then taken over."""
+
+    def __init__(self, groups: list[dict[str, Any]]) -> None:
+        """Remember what it must fit."""
+        self._groups = groups
+        self._states: list[list[dict[str, Any]]] = []
+        self._clocks: list[GroupClock] = []
+
+    def check(self, final: dict[str, Any]) -> dict[str, Any]:
+        """Check and copy; return what torch is to load: all but the parameters' states.
+
+        Raises:
+            ValueError: it does not fit.
+        """
+        saved = final.get("param_groups") if isinstance(final, dict) else None
+        states = final.get("state") if isinstance(final, dict) else None
+        if not isinstance(saved, list) or not isinstance(states, Mapping):
+            raise ValueError("a state dict has a list 'param_groups' and a dict 'state'")
+        for i, group in enumerate(saved):
+            if not isinstance(group, Mapping) or not isinstance(group.get("params"), list):
+                _refuse(f"group {i}", "params", type(group).__name__, "a dict with a list 'params'")
+        sizes = [[len(g["params"]) for g in groups] for groups in (saved, self._groups)]
+        if sizes[0] != sizes[1]:
+            return final  # which torch refuses
+        groups, known = [], set()
+        for index, (group, own) in enumerate(zip(saved, self._groups, strict=True)):
+            merged = _checked_group(index, group, own)
+            clock = _clock_of(index, merged, own)
+            each = []
+            for position, (i, p) in enumerate(zip(group["params"], own["params"], strict=True)):
+                where = parameter_name(own, index, position)
+                if not isinstance(i, (int, str)) or i in known:
+                    _refuse(where, "params", i, "an id of its own")
+                known.add(i)
+                each.append(_checked_state(where, states.get(i, {}), p, merged, clock))
+            groups.append(merged)
+            self._states.append(each)
+            self._clocks.append(clock)
+        rest = {key: value for key, value in states.items() if key not in known}
+        return {**final, "param_groups": groups, "state": rest}
+
+    def restore(self, groups: list[dict[str, Any]], state: Any, clocks: Clocks) -> None:
+        """Take over the copies; ``groups`` are those that torch has loaded."""
+        for group, each in zip(groups, self._states, strict=True):
+            group.update({key: PLACEHOLDERS[key] for key in PLACEHOLDERS if key in group})
+            for p, own in zip(group["params"], each, strict=True):
+                if own:
+                    state[p] = own
+        clocks.replace(groups, self._clocks)
+
+
+def _refuse(where: str, key: str, got: Any, expected: str) -> NoReturn:
+    shown = repr(got)
+    shown = shown if len(shown) <= 200 else shown[:200] + "..."
+    raise ValueError(f"load_state_dict: {where}: {key}: got {shown}, expected {expected}")
+
+
+# --------------------------------------------------------------------------------- groups
+
+
+def _checked_group(index: int, saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options with which a group goes on."""
+    where, name = f"group {index}", own["algorithm"]
+    algorithm = algorithm_of(name)
+    if saved.get("algorithm", name) != name:
+        _refuse(where, "algorithm", saved["algorithm"], repr(name))
+    for key, value in saved.items():
+        owners = [a.name for a in ALGORITHMS.values() if key in a.defaults]
+        if owners and key not in algorithm.defaults:
+            _refuse(where, key, value, f"no such option of {name}: it is one of {owners}")
+        if key in _OTHER_RULES and not isinstance(value, Tensor):
+            undecayed = key == "decoupled_weight_decay" and not saved.get("weight_decay")
+            if bool(value) != _OTHER_RULES[key] and not undecayed:
+                _refuse(where, key, value, f"{_OTHER_RULES[key]}: another rule is not {name}'s")
+    merged = {**saved, "algorithm": name}
+    if own["lazy"] != "frozen" and saved.get("lazy", "frozen") == "frozen":
+        merged["lazy"] = own["lazy"]
+    try:
+        for option in (*algorithm.defaults, "shrink_to"):
+            if option in merged:
+                check_option(option, merged[option], algorithm)
+        check_lazy({**algorithm.defaults, **merged})
+    except ValueError as error:
+        raise ValueError(f"load_state_dict: {where}: {error}") from None
+    return merged
+
+
+def _clock_of(index: int, saved: Mapping[str, Any], own: Mapping[str, Any]) -> GroupClock:
+    clock = GroupClock(own["params"])
+    where = f"group {index}"
+    for key in ("windows", "micro_steps"):
+        setattr(clock, key, _count(where, key, saved.get(key, 0), MAX_STEPS - 1))
+    history = saved.get("history")
+    if isinstance(history, History):
+        clock.history = History(history.saved())
+    elif isinstance(history, (str, tuple, list)):
+        try:
+            clock.history = History.of(history) if history else None
+        except ValueError as error:
+            _refuse(where, "history", history, str(error))
+    elif history is not None:
+        _refuse(where, "history", history, "a string of numbers")
+    return clock
+
+
+def _count(where: str, key: str, value: Any, most: int) -> int:
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= most:
+        _refuse(where, key, value, f"an integer from 0 to {most}")
+    return value
+
+
+# -------------------------------------------------------------------------- parameters' state
+
+
+def _checked_state(
+    where: str, saved: Any, p: Tensor, group: Mapping[str, Any], clock: GroupClock
+) -> dict[str, Any]:
+    """Return a copy of a parameter's state, and give the clock what it has of the parameter."""
+    if not isinstance(saved, Mapping):
+        _refuse(where, "state", saved, "a dict")
+    algorithm = algorithm_of(group["algorithm"])
+    now = 0 if clock.history is None else clock.history.steps
+    own: dict[str, Any] = {}
+    for name, value in saved.items():
+        if name in ("begins_at", "frozen_at"):
+            table = clock.begins if name == "begins_at" else clock.frozen
+            table[p] = _count(where, name, value, now)
+        elif name == "step":
+            own[name] = _step(where, value, p)
+        elif name in ("window", "window_rows", "last_step"):
+            own[name] = _integers(where, name, value, p)
+        elif isinstance(value, Tensor):
+            _check_moment(where, name, value, p, algorithm)
+            own[name] = value.detach().to(p.device, copy=True)
+        else:
+            own[name] = value
+    _check_rows(where, own, p, clock.windows + 1, now)
+    if "last_step" in own:
+        clock.clocked.add(p)
+    window = own.get("window")
+    if window is not None and window.dim() > 0 and clock.micro_steps > 0:
+        # Distributed checkpointing drops the list, which a fresh optimizer lacks.
+        own.setdefault("window_rows", unlisted(p))
+    return own
+
+
+def _check_moment(where: str, name: Any, value: Tensor, p: Tensor, algorithm: Algorithm) -> None:
+    moments = [moment.name for moment in algorithm.moments]
+    foreign = name not in moments
+    if foreign and value.shape != p.shape:
+        return  # a user's own
+    if foreign:
+        _refuse(
+            where,
+            str(name),
+            f"a tensor {list(value.shape)}",
+            f"a state of {algorithm.name}: {', '.join(moments)}",
+        )
+    if value.shape != p.shape:
+        _refuse(where, name, list(value.shape), f"the parameter's shape {list(p.shape)}")
+    if value.dtype not in _FLOATS:
+        _refuse(where, name, value.dtype, "float32, float64, bfloat16 or float16")
+    _check_readable(where, name, value, p)
+
+
+def _check_readable(where: str, name: str, value: Tensor, p: Tensor) -> None:
+    if value.layout != torch.strided:
+        _refuse(where, name, value.layout, "torch.strided")
+    if value.is_meta and not p.is_meta:
+        _refuse(where, name, "a tensor without data on the device meta", "data")
+
+
+def _step(where: str, value: Any, p: Tensor) -> Tensor:
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta:
+        number = value.item()
+    else:
+        number = value
+    legal = isinstance(number, (int, float)) and not isinstance(number, bool)
+    if isinstance(value, Tensor) and value.is_meta and p.is_meta and value.numel() == 1:
+        return torch.zeros((), dtype=torch.int64)
+    if not legal or not math.isfinite(number) or number != int(number) or not 0 <= number < 2**53:
+        _refuse(where, "step", value, "one whole number >= 0")
+    return torch.tensor(int(number), dtype=torch.int64, device=clock_device(p))
+
+
+def _integers(where: str, name: str, value: Any, p: Tensor) -> Tensor:
+    """Return a contiguous copy of integers that belong to rows, in the dtype of the kernels."""
+    if not isinstance(value, Tensor):
+        _refuse(where, name, type(value).__name__, "a tensor")
+    if value.dtype not in _INTEGERS:
+        _refuse(where, name, value.dtype, "integers")
+    _check_readable(where, name, value, p)
+    if name != "window_rows" and value.shape != p.shape[: value.dim()]:
+        _refuse(where, name, list(value.shape), f"the first dimensions of {list(p.shape)}")
+    if name == "window_rows" and value.dim() != 2:
+        _refuse(where, name, list(value.shape), "[row dimensions, entries]")
+    value = value.detach()
+    if name != "window_rows" and value.dtype == torch.int64 and not value.is_meta:
+        low, high = _extremes(value)
+        if not -(2**31) <= low <= high < 2**31:
+            _refuse(where, name, [low, high], "numbers of 32 bits")
+    dtype = torch.int64 if name == "window_rows" else torch.int32
+    copy = value.to(p.device, dtype, copy=True)
+    return copy.contiguous()
+
+
+def _extremes(value: Tensor) -> tuple[int, int]:
+    if value.numel() == 0 or value.is_meta:
+        return 0, 0
+    low, high = value.aminmax()
+    return int(low), int(high)
+
+
+def _check_rows(where: str, own: Mapping[str, Any], p: Tensor, open_window: int, now: int) -> None:
+    """Check that what belongs to rows fits together, and the counters of the group."""
+    window, rows, last_step = (own.get(k) for k in ("window", "window_rows", "last_step"))
+    if window is not None:
+        low, high = _extremes(window)
+        if low < 0 or high > open_window:
+            _refuse(where, "window", [low, high], f"numbers from 0 to {open_window}")
+    if rows is not None and rows.numel() + rows.shape[0] > 0:
+        dims = 0 if window is None else window.dim()
+        if rows.shape[0] != dims:
+            _refuse(where, "window_rows", list(rows.shape), f"[{dims}, entries], as window has")
+        for d in range(dims):
+            low, high = _extremes(rows[d])
+            if low < 0 or high >= max(p.shape[d], 1):
+                _refuse(where, "window_rows", [low, high], f"rows from 0 to {p.shape[d] - 1}")
+    if last_step is not None:
+        low, high = _extremes(last_step)
+        if low < -1 - now or high > now:
+            _refuse(where, "last_step", [low, high], f"clocks from {-1 - now} to {now}")
+        if window is not None and window.dim() > 0 and last_step.dim() != window.dim():
+            shapes = list(last_step.shape), list(window.shape)
+            _refuse(where, "last_step", shapes[0], f"the shape of window, {shapes[1]}")

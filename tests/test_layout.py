@@ -29,7 +29,7 @@ lazy
 step
 optimizer
 tiger lion adamw
-clip groups nn health_findings
+clip groups nn health_findings archive
 health
 checkpoint
 __init__

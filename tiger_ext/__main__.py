@@ -17,6 +17,7 @@ import math
 import os
 import platform
 import sys
+import warnings
 
 import torch
 
@@ -123,7 +124,9 @@ def report() -> int:
 def health(options: argparse.Namespace) -> int:
     """Print the health of a checkpoint; return the exit status."""
     try:
-        found = checkpoint_health(options.checkpoint)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of how the file was written: nothing to do about it
+            found = checkpoint_health(options.checkpoint)
     except CheckpointError as error:
         print(printable(str(error)), file=sys.stderr)
         return 2

@@ -16,7 +16,6 @@ import os
 import pickle
 import stat
 import struct
-import warnings
 import zipfile
 import zlib
 from collections.abc import Sized
@@ -28,6 +27,7 @@ __all__ = ["CheckpointError", "load_checked"]
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, lengths of the name and of the extra field
 _SIGNATURE = b"PK\x03\x04"
+_LEGACY_COUNT = struct.Struct("<q")
 _LEGACY_MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # a pickled number
 # A pickle may be this large, or as large as its file: one that deflates to nearly nothing could
 # otherwise ask for any number of objects.
@@ -48,14 +48,15 @@ def load_checked(path: str) -> Any:
     Raises:
         CheckpointError: the file is damaged. What torch and zipfile raise besides is passed on.
     """
-    with open_regular(path) as file, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of pickle protocols and old storages: not the reader's
+    with open_regular(path) as file:
         zipped = file.read(len(_SIGNATURE)) == _SIGNATURE
         file.seek(0)
         try:
             mapped = _check_archive(file) if zipped else False
         except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError) as error:
-            raise CheckpointError(f"is a damaged zip archive: {error}") from error
+            raise CheckpointError(
+                f"is a damaged zip archive, or one that was cut: {error}"
+            ) from error
         if not zipped:
             _check_legacy(file)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
@@ -84,10 +85,22 @@ def _check_legacy(file: IO[bytes]) -> None:
     survey = _Survey(file, size)
     survey.find()
     keys = _Survey(file, size).find()
-    if not isinstance(keys, list) or set(survey.bytes_of) != set(keys):
+    if (
+        not isinstance(keys, list)
+        or not all(isinstance(key, str) for key in keys)
+        or sorted(survey.bytes_of) != sorted(keys)
+    ):
         raise CheckpointError("is damaged: the list of its tensor data is not that of its tensors")
-    # A number of elements goes before each.
-    end = file.tell() + sum(8 + survey.bytes_of[key] for key in keys)
+    end = file.tell()
+    for key in keys:
+        file.seek(end)
+        (count,) = _LEGACY_COUNT.unpack(file.read(_LEGACY_COUNT.size).ljust(_LEGACY_COUNT.size))
+        if count != survey.count_of[key]:
+            raise CheckpointError(
+                f"is damaged: at byte {end} it announces {count} elements, expected "
+                f"{survey.count_of[key]}"
+            )
+        end += _LEGACY_COUNT.size + survey.bytes_of[key]
     if end != size:
         raise CheckpointError(f"is damaged: it has {size} bytes, expected {end}")
 
@@ -96,7 +109,7 @@ def _check_archive(file: IO[bytes]) -> bool:
     """Raise CheckpointError if the archive is damaged; return whether it may be mapped."""
     size = os.fstat(file.fileno()).st_size
     with zipfile.ZipFile(file) as archive:
-        members = {}
+        members: dict[str, zipfile.ZipInfo] = {}
         for member in archive.infolist():
             # torch finds members whatever the case of their names.
             if members.setdefault(member.filename.lower(), member) is not member:
@@ -145,10 +158,14 @@ def _check_archive(file: IO[bytes]) -> bool:
 def _data_begins(file: IO[bytes], archive: zipfile.ZipFile) -> dict[str, int]:
     """Return where each member's data begin, after checking that no two share a byte."""
     begins = {}
-    end, before = 0, "the beginning"
+    end, before = 0, ""
     for member in sorted(archive.infolist(), key=lambda member: member.header_offset):
         name, start = member.filename, member.header_offset
-        if start < end or (start > 0 and end == 0):
+        if not before and start != 0:
+            raise CheckpointError(
+                f"is damaged: its first member {name!r} is to begin at byte {start}, expected 0"
+            )
+        if start < end:
             raise CheckpointError(
                 f"is damaged: its member {name!r} is to begin at byte {start}, but {before} ends "
                 f"at byte {end}"
@@ -241,11 +258,13 @@ class _Survey(pickle._Unpickler):
 
     Attributes:
         bytes_of: key of the data -> their bytes.
+        count_of: key of the data -> their elements.
     """
 
     def __init__(self, file: IO[bytes], size: int) -> None:
         super().__init__(file, encoding="utf-8")
         self.bytes_of: dict[str, int] = {}
+        self.count_of: dict[str, int] = {}
         self._items_left = 16 * size
 
     def find(self) -> Any:
@@ -266,7 +285,8 @@ class _Survey(pickle._Unpickler):
                 return torch.uint8
             if isinstance(kind, type) and issubclass(kind, torch.TypedStorage):
                 return getattr(kind, "dtype", None)
-        return _Global(f"{module}.{name}")
+        # Protocol 2 has Python 2's names.
+        return _Global(f"{'builtins' if module == '__builtin__' else module}.{name}")
 
     def persistent_load(self, pid: Any) -> Any:
         if not (
@@ -281,6 +301,7 @@ class _Survey(pickle._Unpickler):
             raise CheckpointError("is damaged: its pickle asks for data that are no tensor's")
         _, dtype, key, _, count = pid[:5]
         size = count * dtype.itemsize
+        self.count_of[key] = count
         if self.bytes_of.setdefault(key, size) != size:
             raise CheckpointError(
                 f"is damaged: its pickle asks for {self.bytes_of[key]} and for {size} bytes of the "
@@ -312,19 +333,26 @@ class _Survey(pickle._Unpickler):
             return self._made(args[0], args[2])
         return _MadeDict(size) if name.startswith("collections.") else _Made(size)
 
+    def _refuse(self) -> None:
+        raise CheckpointError("is damaged: its pickle has opcodes that torch.load does not take")
+
     def _set_state(self) -> None:
         self.stack.pop()  # type: ignore[attr-defined]
 
-    dispatch: ClassVar[dict[int, Any]] = {
-        code[0]: pickle._Unpickler.dispatch[code[0]]  # type: ignore[attr-defined]
-        for code in (
-            *(pickle.PROTO, pickle.STOP, pickle.GLOBAL, pickle.BINPERSID, pickle.MARK),
-            *(pickle.APPEND, pickle.APPENDS, pickle.SETITEM, pickle.SETITEMS),
-            *(pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3),
-            *(pickle.NONE, pickle.NEWFALSE, pickle.NEWTRUE, pickle.EMPTY_TUPLE),
-            *(pickle.EMPTY_LIST, pickle.EMPTY_DICT, pickle.EMPTY_SET),
-            *(pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1, pickle.BINFLOAT),
-            *(pickle.BINUNICODE, pickle.SHORT_BINSTRING),
-            *(pickle.BINGET, pickle.LONG_BINGET, pickle.BINPUT, pickle.LONG_BINPUT),
-        )
-    } | {pickle.REDUCE[0]: _call, pickle.NEWOBJ[0]: _call, pickle.BUILD[0]: _set_state}
+    dispatch: ClassVar[dict[int, Any]] = (
+        dict.fromkeys(range(256), _refuse)
+        | {
+            code[0]: pickle._Unpickler.dispatch[code[0]]  # type: ignore[attr-defined]
+            for code in (
+                *(pickle.PROTO, pickle.STOP, pickle.GLOBAL, pickle.BINPERSID, pickle.MARK),
+                *(pickle.APPEND, pickle.APPENDS, pickle.SETITEM, pickle.SETITEMS),
+                *(pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3),
+                *(pickle.NONE, pickle.NEWFALSE, pickle.NEWTRUE, pickle.EMPTY_TUPLE),
+                *(pickle.EMPTY_LIST, pickle.EMPTY_DICT, pickle.EMPTY_SET),
+                *(pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1, pickle.BINFLOAT),
+                *(pickle.BINUNICODE, pickle.SHORT_BINSTRING),
+                *(pickle.BINGET, pickle.LONG_BINGET, pickle.BINPUT, pickle.LONG_BINPUT),
+            )
+        }
+        | {pickle.REDUCE[0]: _call, pickle.NEWOBJ[0]: _call, pickle.BUILD[0]: _set_state}
+    )

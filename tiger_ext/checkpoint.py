@@ -306,7 +306,8 @@ def _rate(value: Any, where: str) -> float:
     expected = "a finite number >= 0"
     number = value
     if isinstance(value, Tensor):
-        if not _is_dense(value) or value.numel() != 1 or not _converts(value.dtype):
+        real = not value.is_complex() and _converts(value.dtype)
+        if not _is_dense(value) or value.numel() != 1 or not real:
             raise _wrong(where, value, expected)
         number = value.item()
     if isinstance(number, bool) or not isinstance(number, (int, float)):

@@ -183,7 +183,9 @@ class HealthReport:
         for name, table in self.tables.items():
             label = labels[name]
             if table.norm_quantiles is not None:
-                norms.plot(*zip(*table.norm_quantiles.items(), strict=True), marker=".", label=label)
+                norms.plot(
+                    *zip(*table.norm_quantiles.items(), strict=True), marker=".", label=label
+                )
             if table.bound_quantiles is not None:
                 bounds.plot(
                     *zip(*table.bound_quantiles.items(), strict=True), marker=".", label=label

@@ -68,7 +68,7 @@ def state(**values):
 
 
 def table(value):
-    return lambda b, g, s: b["model"].update({"emb.weight": value})
+    return lambda b, g, s: (s.clear(), b["model"].update({"emb.weight": value}))
 
 
 ZEROS = torch.zeros(20, 4)
@@ -216,11 +216,22 @@ def test_quantized_tables_are_refused(health, saved):
         lambda b, g, s: (g.update(lr=torch.tensor([0.1])), s.pop("exp_avg")),
         lambda b, g, s: b["optimizer"]["state"].clear(),
         lambda b, g, s: b["model"].update({"emb.weight": torch.zeros(4, 20).T}),
+        lambda b, g, s: (
+            g.pop("param_names"),
+            b["optimizer"]["param_groups"][1].pop("param_names"),
+        ),
     ],
 )
 def test_what_does_no_harm_is_read(health, saved, edit):
     status, out = health(edited(saved, edit))
     assert status == 0 and "emb.weight  " in out
+
+
+def test_numbers_too_large_for_floats(health, saved, tmp_path, capsys):
+    huge = torch.empty(0).as_strided((0,) + (2**62,) * 18, (1,) * 19)
+    assert str(2**1116) in health(edited(saved, table(huge)))[1]
+    assert main(["health", str(tmp_path / "c.pt"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["emb.weight/dim"] == 2**1116
 
 
 def test_names_are_escaped_and_json_keeps_them(health, saved, tmp_path, capsys):
@@ -531,13 +542,18 @@ def test_long_histories_are_not_parsed(health, saved, monkeypatch):
     assert [t.group["history"] for t in seen[:1]] == ["1 0"]
 
 
-def test_the_table_of_100_billion_rows_ends(saved, tmp_path, run_python):
+@pytest.mark.parametrize("what", ["table", "last_step"])
+def test_a_tensor_of_100_billion_rows_ends(saved, tmp_path, run_python, what):
     """In a process of its own, which ends."""
-    torch.save(edited(saved, table(torch.zeros(1).expand(10**11, 4))), tmp_path / "c.pt")
+    endless = torch.zeros(1, dtype=torch.int32).expand(10**11)
+    edit = table(torch.zeros(1).expand(10**11, 4))
+    torch.save(
+        edited(saved, edit if what == "table" else state(last_step=endless)), tmp_path / "c.pt"
+    )
     assert (tmp_path / "c.pt").stat().st_size < 10_000
     program = f"""
 import resource, signal
-signal.alarm(60)
+signal.alarm(100)
 resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
 from tiger_ext.__main__ import main
 assert main(["health", {str(tmp_path / "c.pt")!r}]) == 2

@@ -4,8 +4,8 @@
 Exit status 0, or 1 if the self-test fails on any device.
 
 ``python -m tiger_ext health CHECKPOINT``: the health of a saved model's embedding tables. Exit
-status 0; 2 if the checkpoint cannot be read; with --fail-on-bad 3 if rows are nonfinite or
-saturated.
+status 0; 2 if the checkpoint cannot be read or is malformed; with --fail-on-bad 3 if rows are
+nonfinite or saturated.
 """
 
 from __future__ import annotations

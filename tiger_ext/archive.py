@@ -12,10 +12,12 @@ that would read every byte once more, and ``torch.save`` may write none
 from __future__ import annotations
 
 import io
+import math
 import os
 import pickle
 import stat
 import struct
+import warnings
 import zipfile
 import zlib
 from collections.abc import Sized
@@ -229,10 +231,17 @@ class _Global:
 
 
 class _Made:
-    """What such a function would have made, from arguments with so many items."""
+    """What such a function would have made, from arguments with so many items.
 
-    def __init__(self, size: int) -> None:
+    Attributes:
+        elements: of tensor data, how many there are.
+        shared: of a tensor, whether it may have more elements than its data.
+    """
+
+    def __init__(self, size: int, elements: int = 0, shared: bool = False) -> None:
         self._size = size
+        self.elements = elements
+        self.shared = shared
 
     def __len__(self) -> int:
         return self._size
@@ -247,6 +256,21 @@ class _MadeDict(dict[Any, Any]):
 
     def __len__(self) -> int:
         return super().__len__() + self._size
+
+
+def _may_share(data: Any, shape: Any) -> bool:
+    """Return whether a tensor of this shape may have more elements than its data."""
+    if not isinstance(data, _Made) or not isinstance(shape, tuple) or len(shape) > 64:
+        return True
+    if not all(isinstance(length, int) for length in shape):
+        return True
+    return math.prod(shape) > data.elements
+
+
+def _has_shared(args: tuple[Any, ...]) -> bool:
+    """Return whether a sparse tensor has such parts: torch may go through all of their elements."""
+    parts = args[1] if len(args) > 1 and isinstance(args[1], tuple) else ()
+    return any(isinstance(part, _Made) and part.shared for part in parts)
 
 
 # The one in Python: the one in C reserves memory for whatever memo number it meets.
@@ -284,7 +308,9 @@ class _Survey(pickle._Unpickler):
             if kind is torch.UntypedStorage:
                 return torch.uint8
             if isinstance(kind, type) and issubclass(kind, torch.TypedStorage):
-                return getattr(kind, "dtype", None)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # these storages are old
+                    return getattr(kind, "dtype", None)
         # Protocol 2 has Python 2's names.
         return _Global(f"{'builtins' if module == '__builtin__' else module}.{name}")
 
@@ -307,7 +333,7 @@ class _Survey(pickle._Unpickler):
                 f"is damaged: its pickle asks for {self.bytes_of[key]} and for {size} bytes of the "
                 f"same data {key!r}"
             )
-        return _Made(0)
+        return _Made(0, elements=count)
 
     def _call(self) -> None:
         args, made = self.stack.pop(), self.stack.pop()  # type: ignore[attr-defined]
@@ -325,12 +351,15 @@ class _Survey(pickle._Unpickler):
             or (name == "_codecs.encode" and args[1:] != ("latin1",))
             or (name.startswith("torch.") and name.endswith("Tensor") and args)
             or "_device_tensor" in name
+            or (name.endswith("._rebuild_sparse_tensor") and _has_shared(args))
         ):
             raise CheckpointError(
                 f"is refused: its pickle calls {name!r} with what may take any time or memory"
             )
         if name.endswith("._rebuild_from_type_v2") and len(args) > 2:
             return self._made(args[0], args[2])
+        if name.startswith("torch._utils._rebuild_tensor") and len(args) > 2:
+            return _Made(size, shared=_may_share(args[0], args[2]))
         return _MadeDict(size) if name.startswith("collections.") else _Made(size)
 
     def _refuse(self) -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The health report flags the bad rows and no others, from an optimizer and from a checkpoint."""
 
+import copy
 import json
 import math
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from tiger_ext import AdamW, Tiger, health_report
 from tiger_ext.__main__ import main
+from tiger_ext.health_findings import HealthReport, printable
 
 DECAY = 0.1  # the bound is 10
 
@@ -205,3 +207,78 @@ def test_unreadable_checkpoints(tmp_path, capsys):
     assert "optimizer" in capsys.readouterr().err
     (tmp_path / "noise.pt").write_bytes(b"noise" * 100)
     assert main(["health", str(tmp_path / "noise.pt")]) == 2
+
+
+@pytest.mark.parametrize("device", ["meta", "cuda"])
+@pytest.mark.parametrize("shape", [(5000, 16), (50, 100, 16)], ids=str)
+def test_the_default_device_and_dtype_do_not_matter(device, shape):
+    opt = optimizer_of(planted().reshape(shape))
+    p = opt.param_groups[0]["params"][0]
+    opt.state[p]["last_step"] = torch.arange(5000, dtype=torch.int32).reshape(shape[:-1])
+    expected = health_report(opt)
+    try:
+        torch.set_default_device(device)
+        torch.set_default_dtype(torch.float64)
+        report = health_report(opt)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert report.to_dict() == expected.to_dict()
+    table = report.tables["words"]
+    assert flags(table) == EXPECTED
+    assert {getattr(table, name).device.type for name in EXPECTED} == {"cpu"}
+
+
+def test_another_kind_of_optimizer_is_read_as_far_as_it_goes_or_refused():
+    embedding = nn.Embedding.from_pretrained(torch.eye(60, 16), freeze=False)
+    named = torch.optim.AdamW([("embedding", embedding.weight)], lr=0.01, weight_decay=DECAY)
+    nameless = torch.optim.AdamW([nn.Parameter(torch.randn(60, 16))])
+    with pytest.raises(ValueError, match=r"1 parameters of this torch\.optim\.adamw\.AdamW"):
+        health_report(nameless)
+    assert health_report(named).tables["embedding"].zero_rows.tolist() == list(range(16, 60))
+    without_tables = torch.optim.AdamW([("out", nn.Parameter(torch.randn(60, 16)))])
+    assert health_report(without_tables).tables == {}
+    assert health_report(Tiger([nn.Parameter(torch.randn(60, 16))])).tables == {}
+
+
+@pytest.mark.parametrize("wrong", [nn.Linear(2, 2), [nn.Parameter(torch.zeros(2))], None])
+def test_what_is_no_optimizer_is_refused(wrong):
+    with pytest.raises(TypeError, match="takes an optimizer"):
+        health_report(wrong)
+
+
+def test_a_report_changes_nothing():
+    embedding = nn.Embedding(60, 4, sparse=True)
+    idle = nn.Parameter(torch.randn(300, 2))
+    opt = Tiger([*embedding.parameters(), idle], lr=torch.tensor(0.1), lazy="exact")
+    embedding(torch.arange(9)).sum().backward()
+    opt.step()
+    embedding(torch.arange(7)).sum().backward()
+    p = embedding.weight
+    versions = [t._version for t in (p, p.grad, idle, *opt.state[p].values())]
+    before, random = copy.deepcopy(opt.state_dict()), torch.get_rng_state()
+    assert len(health_report(opt).tables) == 2
+    assert versions == [t._version for t in (p, p.grad, idle, *opt.state[p].values())]
+    assert torch.equal(random, torch.get_rng_state()) and idle not in opt.state
+    for key, value in before["state"][0].items():
+        assert torch.equal(value, opt.state_dict()["state"][0][key])
+    assert before["param_groups"] == opt.state_dict()["param_groups"]
+
+
+def test_names_reach_a_terminal_escaped(tmp_path):
+    name = "emb\x1b[31m\u202e\udcff\n\u200b\x9b"
+    report = health_report(Tiger([(name, nn.Parameter(planted(1000)))]))
+    assert r"emb\x1b[31m\u202e\udcff\n\u200b\x9b" in str(report)
+    assert all(c.isprintable() or c == "\n" for c in str(report))
+    assert f"{name}/rows" in report.to_dict() and list(report.tables) == [name]
+    assert printable("Größe 表 a b") == "Größe 表 a b"
+    pytest.importorskip("matplotlib")
+    report.plot(tmp_path / "health.png")
+    HealthReport({"a_$_$b{": report.tables[name]}).plot(tmp_path / "health.png")
+
+
+def test_a_long_name_is_cut():
+    p = [nn.Parameter(planted(1000)) for _ in "ab"]
+    report = health_report(Tiger([("a" * 10**6 + "_embedding", p[0]), ("embedding", p[1])]))
+    assert len(str(report)) < 5000 and "_embedding" in str(report)
+    assert max(map(len, report.to_dict())) > 10**6

@@ -30,7 +30,7 @@ lazy loading
 step
 optimizer
 tiger lion adamw
-clip groups nn health_findings
+clip groups nn health_findings archive
 health
 checkpoint
 __init__

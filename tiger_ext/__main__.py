@@ -4,24 +4,27 @@
 Exit status 0, or 1 if the self-test fails on any device.
 
 ``python -m tiger_ext health CHECKPOINT``: the health of a saved model's embedding tables. Exit
-status 0; 2 if the checkpoint cannot be read; with --fail-on-bad 3 if rows are nonfinite or
-saturated.
+status 0; 2 if the checkpoint cannot be read or is malformed; with --fail-on-bad 3 if rows are
+nonfinite or saturated.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import os
 import platform
 import sys
+import warnings
 
 import torch
 
 import tiger_ext
 from tiger_ext import AdamW, Lion, Tiger, _native, checkpoint
 from tiger_ext.checkpoint import CheckpointError, checkpoint_health
+from tiger_ext.health_findings import printable
 
 _OPERATIONS = ("dense gradients", "sparse COO gradients")
 
@@ -121,13 +124,18 @@ def report() -> int:
 def health(options: argparse.Namespace) -> int:
     """Print the health of a checkpoint; return the exit status."""
     try:
-        found = checkpoint_health(options.checkpoint)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of how the file was written: nothing to do about it
+            found = checkpoint_health(options.checkpoint)
     except CheckpointError as error:
-        print(error, file=sys.stderr)
+        print(printable(str(error)), file=sys.stderr)
         return 2
     if options.json:
-        # JSON has no infinity.
-        flat = {k: v if math.isfinite(v) else None for k, v in found.to_dict().items()}
+        # JSON has no infinity. An integer may be too large for a float.
+        flat = {
+            k: v if isinstance(v, int) or math.isfinite(v) else None
+            for k, v in found.to_dict().items()
+        }
         print(json.dumps(flat, indent=1))
     else:
         print(found)
@@ -135,7 +143,7 @@ def health(options: argparse.Namespace) -> int:
         try:
             found.plot(options.plot)
         except (ImportError, OSError, ValueError) as error:
-            print(f"--plot {options.plot}: {error}", file=sys.stderr)
+            print(printable(f"--plot {options.plot}: {error}"), file=sys.stderr)
             return 2
     bad = any(len(t.nonfinite_rows) + len(t.saturated_rows) for t in found.tables.values())
     return 3 if options.fail_on_bad and bad else 0
@@ -169,6 +177,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # The reports have signs that not every terminal's encoding has.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     # The reader may close the pipe early (`| head`); that is no failure of ours.
     try:
         sys.exit(main())

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tiger_ext.health_findings import ID_LISTS, HealthReport, TableHealth
 from tiger_ext.history import History
+from tiger_ext.optimizer import MixedOptimizer
 
 __all__ = ["HealthReport", "TableHealth", "health_report"]
 
@@ -56,24 +57,43 @@ def health_report(optimizer: torch.optim.Optimizer) -> HealthReport:
 
     Args:
         optimizer: a ``tiger_ext`` optimizer; others work too, as far as their groups have
-            ``weight_decay`` and ``lr``.
+            ``weight_decay`` and ``lr``. Their state and groups say nothing of tables: construct
+            them from ``model.named_parameters()``.
 
     Returns:
         A ``HealthReport`` with a ``TableHealth`` for each table. Ages count from the group's clock,
         and where there is none from the last step that touched any row of the group.
 
     Raises:
-        ValueError: a ``last_step`` does not fit its parameter.
+        TypeError: ``optimizer`` is none.
+        ValueError: a ``last_step`` does not fit its parameter; or an optimizer that is not of
+            ``tiger_ext`` has no names, and no parameter is a table for another reason.
 
     Source of the bound: Su 2023, kexue.fm/archives/9736.
     """
+    if not isinstance(getattr(optimizer, "param_groups", None), list) or not isinstance(
+        getattr(optimizer, "state", None), Mapping
+    ):
+        raise TypeError(
+            "health_report takes an optimizer, with param_groups and state; got "
+            f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+        )
     tables = []
     for g, group in enumerate(optimizer.param_groups):
         names = group.get("param_names") or [f"group{g}.{i}" for i in range(len(group["params"]))]
         for name, p in zip(names, group["params"], strict=True):
             sparse_dim = p.grad.sparse_dim() if p.grad is not None and p.grad.is_sparse else 0
             tables.append(Table(name, p, optimizer.state.get(p, {}), group, sparse_dim))
-    return report_on(tables)
+    report = report_on(tables)
+    nameless = not any(group.get("param_names") for group in optimizer.param_groups)
+    if tables and nameless and not report.tables and not isinstance(optimizer, MixedOptimizer):
+        raise ValueError(
+            f"no table is known among the {len(tables)} parameters of this "
+            f"{type(optimizer).__module__}.{type(optimizer).__qualname__}, which is no optimizer "
+            "of tiger_ext: construct it from model.named_parameters(), and tables are known by "
+            "their names"
+        )
+    return report
 
 
 @dataclass(frozen=True)
@@ -181,7 +201,7 @@ def _row_norms(magnitudes: Tensor, largest: Tensor) -> Tensor:
 
 def _typical_norms(rows: _Rows) -> Tensor:
     """Return the norms of an even sample of the finite rows."""
-    norms = [torch.empty(0, dtype=torch.float64)]
+    norms = [torch.empty(0, dtype=torch.float64, device="cpu")]
     for _, piece in rows.magnitudes(step=-(-rows.rows // _SAMPLE)):
         largest = piece.amax(1)
         norms.append(_row_norms(piece, largest)[largest.isfinite().cpu()])
@@ -202,7 +222,8 @@ def _quantiles(sample: Tensor, low: float, high: float) -> dict[float, float] | 
     """Return the quantiles of a sample of values whose extremes are known."""
     if len(sample) == 0:
         return None
-    inner = torch.quantile(sample.double(), torch.tensor(QUANTILES, dtype=torch.float64)).tolist()
+    levels = torch.tensor(QUANTILES, dtype=torch.float64, device="cpu")
+    inner = torch.quantile(sample.double(), levels).tolist()
     return dict(zip(QUANTILES, [low, *inner[1:-1], high], strict=True))
 
 
@@ -242,7 +263,7 @@ def _judge(rows: _Rows, decay: float) -> dict[str, Any]:
             flags["saturated_rows"] = finite & (2 * counts[0] >= rows.dim)
             first = -start * rows.dim % every
             elements = piece.reshape(-1)[first::every].cpu()
-            places = torch.arange(first, piece.numel(), every)
+            places = torch.arange(first, piece.numel(), every, device="cpu")
             sample.append(elements[finite[places // rows.dim]])
             value_range = _widen(value_range, piece.amin(1).cpu()[finite], largest.cpu()[finite])
         norms = _row_norms(piece, largest)  # the piece is spent now
@@ -287,7 +308,7 @@ def _ages(table: Table, now: int) -> dict[str, Any]:
     sample = last_step[:: max(-(-len(last_step) // _SAMPLE), 1)].cpu()
     ages = (now - sample[sample >= 0].double()).clamp_(min=0)
     if len(ages) > 0:
-        levels = torch.tensor((0.5, 0.9, 0.99), dtype=torch.float64)
+        levels = torch.tensor((0.5, 0.9, 0.99), dtype=torch.float64, device="cpu")
         p50, p90, p99 = torch.quantile(ages, levels).tolist()
         found.update(age_p50=p50, age_p90=p90, age_p99=p99, age_max=now - oldest)
     return found

@@ -9,13 +9,30 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor
 
-__all__ = ["ID_LISTS", "HealthReport", "TableHealth"]
+__all__ = ["ID_LISTS", "HealthReport", "TableHealth", "printable"]
 
+_LABEL_LENGTH = 200
 ID_LISTS = ("saturated_rows", "zero_rows", "nonfinite_rows", "outlier_rows")
 
 
 def _no_rows() -> Tensor:
-    return torch.empty(0, dtype=torch.int64)
+    return torch.empty(0, dtype=torch.int64, device="cpu")
+
+
+def printable(text: str) -> str:
+    r"""Return text for a terminal: what is no letter, sign or space as ``repr`` shows it.
+
+    So "\x1b" for the character that begins control sequences, "\u202e" for the mark that turns the
+    direction of writing.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _label(name: str) -> str:
+    """Return a name as reports print it, cut if it is very long."""
+    if len(name) > _LABEL_LENGTH:
+        name = f"{name[: _LABEL_LENGTH // 2]}…{name[-_LABEL_LENGTH // 2 + 1 :]}"
+    return printable(name)
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +130,11 @@ class HealthReport:
         }
 
     def __str__(self) -> str:
-        """Return a table with a line per parameter, and below it the first flagged ids."""
+        """Return a table with a line per parameter, and below it the first flagged ids.
+
+        Names stand in it as a terminal may have them: control characters escaped, and no longer
+        than 200 characters.
+        """
         if not self.tables:
             return "no embedding tables"
         flat = {name: table.to_dict() for name, table in self.tables.items()}
@@ -121,7 +142,7 @@ class HealthReport:
         lines = [["table", *(title for _, title, _ in columns)]]
         for name, values in flat.items():
             cells = (form.format(values[key]) if key in values else "-" for key, _, form in columns)
-            lines.append([name, *cells])
+            lines.append([_label(name), *cells])
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         text = [
             "  ".join(
@@ -136,7 +157,7 @@ class HealthReport:
                 if len(ids):
                     shown = ", ".join(map(str, ids[:10].tolist()))
                     more = f" and {len(ids) - 10} more" if len(ids) > 10 else ""
-                    text.append(f"{name}: {key.replace('_', ' ')}: {shown}{more}")
+                    text.append(f"{_label(name)}: {key.replace('_', ' ')}: {shown}{more}")
         return "\n".join(text)
 
     def plot(self, path: str | os.PathLike[str]) -> None:
@@ -157,12 +178,17 @@ class HealthReport:
             ) from error
         figure = Figure(figsize=(13, 4), layout="constrained")
         norms, bounds, shares = figure.subplots(1, 3)
+        # Between dollar signs matplotlib reads formulas.
+        labels = {name: _label(name).replace("$", r"\$") for name in self.tables}
         for name, table in self.tables.items():
+            label = labels[name]
             if table.norm_quantiles is not None:
-                norms.plot(*zip(*table.norm_quantiles.items(), strict=True), marker=".", label=name)
+                norms.plot(
+                    *zip(*table.norm_quantiles.items(), strict=True), marker=".", label=label
+                )
             if table.bound_quantiles is not None:
                 bounds.plot(
-                    *zip(*table.bound_quantiles.items(), strict=True), marker=".", label=name
+                    *zip(*table.bound_quantiles.items(), strict=True), marker=".", label=label
                 )
         norms.set(title="norm of the rows", xlabel="quantile")
         norms.set_yscale("symlog", linthresh=1e-3)
@@ -176,7 +202,7 @@ class HealthReport:
                 [k + i * height for k in range(len(kinds))],
                 [values.get(kind, 0) / max(table.rows, 1) for kind in kinds],
                 height,
-                label=name,
+                label=labels[name],
             )
         shares.set_yticks(
             [k + 0.4 - height / 2 for k in range(len(kinds))],

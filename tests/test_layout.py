@@ -22,7 +22,7 @@ CODE = sorted(p for p in CSRC.rglob("*") if p.suffix in (".h", ".cuh", ".inl", "
 ORDER = """
 _native options
 reference history tracking progress
-huge_pages group_step
+huge_pages group_step tracking_hooks
 state
 windows reference_step
 lazy

@@ -220,7 +220,7 @@ def note_current_tables(
         whole = (
             p.grad is not None
             and p.grad.layout == torch.strided
-            and not is_row_lazy(p, group.options)
+            and not is_row_lazy(p, group)
             and group.options["nonfinite"] in ("propagate", "raise")
             and not group.window
             and not is_capturing()

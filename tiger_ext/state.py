@@ -194,5 +194,5 @@ def _window_dims(p: Tensor, group: GroupStep) -> int:
     if p.grad is not None and p.grad.layout == torch.sparse_coo:
         return p.grad.sparse_dim()
     options = group.options
-    per_row = is_row_lazy(p, options) or (options["scale"] == "rms_rows" and p.dim() > 0)
+    per_row = is_row_lazy(p, group) or (options["scale"] == "rms_rows" and p.dim() > 0)
     return 1 if per_row else 0

@@ -272,10 +272,15 @@ def find_table(module: Any, parameter: Tensor | None) -> tuple[nn.Module, Tensor
         wrapped = module._orig_mod if isinstance(module, OptimizedModule) else module.module
         assert isinstance(wrapped, nn.Module)
         module = wrapped
+    if isinstance(module, torch.jit.ScriptModule):
+        raise TypeError(
+            f"{type(module).__name__} takes no hooks: track a module that contains it, with the "
+            "table as `parameter`"
+        )
     inner = module
     while isinstance(inner, nn.DataParallel):
         inner = inner.module
-    if type(inner).forward in _FORWARDS_OF_FLOATS:
+    if getattr(type(inner), "forward", None) in _FORWARDS_OF_FLOATS:
         raise TypeError(
             f"{type(inner).__name__} is called with a tensor of floats: only modules that look "
             "rows up by ids can be tracked"

@@ -71,10 +71,12 @@ class UsedRows:
                         f"for {self.rows} rows"
                     )
         mask = self._on(self.table.device)
-        places = ids.reshape(-1).to(mask.device, torch.int64).clamp(-1, self.rows) + 1
+        places = ids.reshape(-1).to(mask.device, torch.int64)
+        if ids.device.type != "cpu":
+            places = places.clamp(-1, self.rows)
         if padding is not None:
-            places.masked_fill_(places == padding + 1, 0)
-        mask.index_fill_(0, places, 1)
+            places = places.masked_fill(places == padding, -1)
+        mask.index_fill_(0, places + 1, 1)
 
     def mask(self, device: torch.device) -> Tensor:
         """Return a uint8 mask ``[rows]``, 1 where a row was used; `clear` empties it."""

@@ -135,7 +135,10 @@ def test_a_forward_that_names_no_argument(fused):
 def test_a_module_called_without_ids_says_so():
     module = Lookup()
     optimizer = tracking(module)
-    with unchanged(optimizer), pytest.raises(TypeError, match=r"Lookup is tracked.*ids first.*\['factor'\]"):
+    with (
+        unchanged(optimizer),
+        pytest.raises(TypeError, match=r"Lookup is tracked.*ids first.*\['factor'\]"),
+    ):
         module(factor=1.0)
 
 
@@ -188,7 +191,10 @@ def test_a_tensor_that_wraps_others_is_refused():
 
     module = Lookup()
     optimizer = tracking(module)
-    with unchanged(optimizer), pytest.raises(TypeError, match=r"Lookup is tracked.*plain tensor of ids.*TwoTensor"):
+    with (
+        unchanged(optimizer),
+        pytest.raises(TypeError, match=r"Lookup is tracked.*plain tensor of ids.*TwoTensor"),
+    ):
         module(TwoTensor(IDS, IDS))
 
 
@@ -388,6 +394,22 @@ def test_a_replica_of_data_parallel(fused):
     replica(IDS)
 
 
+@backends
+def test_distributed_data_parallel(fused):
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        table = nn.Embedding(ROWS, 4)
+        parallel = nn.parallel.DistributedDataParallel(table)
+        optimizer = Tiger(parallel.parameters(), rows="tracked", lazy="exact", fused=fused)
+        optimizer.track(parallel)
+        for call in (parallel, table):
+            assert read(optimizer, table.weight, call, IDS) == [3, 7]
+            assert used(optimizer, call, IDS) == [3, 7]
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_what_is_no_module_cannot_be_tracked():
     table = nn.Embedding(ROWS, 4)
     optimizer = Tiger(table.parameters())
@@ -466,6 +488,26 @@ def test_a_resized_table_is_refused(lazy, fused):
     table.train()
     table.weight.grad = None
     assert used(optimizer, table, torch.tensor([2 * ROWS - 1])) == [2 * ROWS - 1]
+
+
+@backends
+@pytest.mark.parametrize("lazy", ["frozen", "exact"])
+@pytest.mark.parametrize("rows", [5, 20])
+@pytest.mark.parametrize("sparse", [True, False])
+def test_a_resized_table_with_state_of_the_old_size(sparse, rows, lazy, fused):
+    table = nn.Embedding(ROWS, 4, sparse=sparse)
+    optimizer = Tiger([("words", table.weight)], lazy=lazy, fused=fused, **HYPER)
+    table(torch.tensor([3])).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    table.weight.data = torch.randn(rows, 4)
+    match = rf"'words'.*exp_avg has shape \[12, 4\].*\[{rows}, 4\]"
+    if lazy != "frozen":
+        with unchanged(optimizer), pytest.raises(RuntimeError, match=match):
+            optimizer.flush()
+    table(torch.tensor([4])).sum().backward()
+    with unchanged(optimizer), pytest.raises(RuntimeError, match=match):
+        optimizer.step()
 
 
 @backends
@@ -740,7 +782,7 @@ def test_tracking_that_concerns_no_parameter_is_refused(fused):
     model, tied = nn.Linear(4, 4), TiedEmbedding(ROWS, 4)
     optimizer = Tiger([model.weight, tied.weight], rows="tracked", fused=fused)
     model.weight.grad = torch.ones(4, 4)
-    with unchanged(optimizer), pytest.raises(RuntimeError, match="position 0.*track"):
+    with unchanged(optimizer), pytest.raises(RuntimeError, match=r"position 0.*track"):
         optimizer.step()
     handle = optimizer.track(tied)
     before = model.weight.detach().clone()
@@ -749,7 +791,7 @@ def test_tracking_that_concerns_no_parameter_is_refused(fused):
     # What was once tracked is a table also when it is not any more.
     handle.remove()
     tied.weight.grad = torch.ones(ROWS, 4)
-    with unchanged(optimizer), pytest.raises(RuntimeError, match="position 1.*track"):
+    with unchanged(optimizer), pytest.raises(RuntimeError, match=r"position 1.*track"):
         optimizer.step()
 
 

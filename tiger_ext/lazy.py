@@ -13,7 +13,7 @@ from tiger_ext import _native
 from tiger_ext.group_step import GroupStep, is_capturing, is_row_lazy
 from tiger_ext.progress import Progress
 from tiger_ext.reference_step import catch_up_on_reference
-from tiger_ext.state import StateChanges, complete_state
+from tiger_ext.state import StateChanges, check_shapes, complete_state
 from tiger_ext.tracking import UsedRows
 
 __all__ = [
@@ -52,6 +52,7 @@ def catch_up(
 
     Raises:
         IndexError: an id on the CPU is no row.
+        RuntimeError: the state is of another size than the parameter.
     """
     p = group.params[position]
     rows = last_step.numel()
@@ -67,6 +68,10 @@ def catch_up(
                     f"{group.name(position)}: id {int(bad[0])} is out of range for {rows} rows"
                 )
             where = torch.unravel_index(ids, last_step.shape)
+        try:
+            check_shapes(p, state)
+        except RuntimeError as error:
+            raise RuntimeError(f"{group.name(position)}: {error}") from None
         catch_up_on_reference(p, state, group, last_step, where)
         if progress is not None:
             progress(rows)

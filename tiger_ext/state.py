@@ -17,6 +17,7 @@ last_step  int32, a number a row or one lazy modes: the step up to which it is c
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -125,7 +126,7 @@ def unlisted(p: Tensor) -> Tensor:
     return torch.empty((0, 0), dtype=torch.int64, device=p.device)
 
 
-def check_shapes(p: Tensor, state: dict[str, Any]) -> None:
+def check_shapes(p: Tensor, state: Mapping[str, Any]) -> None:
     """Raise RuntimeError unless the moments have the parameter's shape."""
     for name in MOMENTS:
         if name in state and state[name].shape != p.shape:

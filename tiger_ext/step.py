@@ -27,7 +27,7 @@ from tiger_ext.lazy import (
 )
 from tiger_ext.options import check_lazy
 from tiger_ext.reference_step import ReferenceUpdate
-from tiger_ext.state import StateChanges, WindowError, complete_state
+from tiger_ext.state import StateChanges, WindowError, check_shapes, complete_state
 from tiger_ext.tracking import TrackedTables
 from tiger_ext.windows import WindowRows, advance_windows, window_rows
 
@@ -279,6 +279,7 @@ class Step:
             update = ReferenceUpdate(p, p.grad if adds else None, group, mask, {})
             with self._labelled(group, position):
                 update.check()
+                check_shapes(p, states.get(p, {}))
             if adds:
                 self._complete_state(this, group, position)
             update.state = states[p]

@@ -270,28 +270,21 @@ def test_padding_is_read_and_not_used(kind, fused):
     "rows,lazy", [("tracked", "frozen"), ("tracked", "exact"), (None, "frozen"), (None, "exact")]
 )
 def test_forward_passes_without_a_step_keep_no_ids(rows, lazy):
-    table = nn.Embedding(10, 4, sparse=True)
-    optimizer = tracking(table, rows=rows, lazy=lazy)
-    ids = torch.randint(10, (500_000,))
-    with torch.no_grad():
-        module = Lookup(10)
-    module.table = table.weight
-    optimizer.track(module, table.weight)
-
-    class Reads(nn.Module):
-        weight = table.weight
-
+    class Reads(Lookup):
         def forward(self, ids):
             return None
 
+    ids = torch.randint(ROWS, (500_000,))
     reads = Reads()
-    optimizer.track(reads, table.weight)
+    optimizer = tracking(reads, rows=rows, lazy=lazy)
     for _ in range(3):
         reads(ids)
     before = psutil.Process().memory_info().rss
     for _ in range(40):
         reads(ids)
     assert psutil.Process().memory_info().rss - before < 32 * 2**20  # 40 lists of ids are 160 MB
+    reads.table.grad = torch.ones(ROWS, 4)
+    optimizer.step()
 
 
 @backends
@@ -382,13 +375,17 @@ def test_a_replica_of_data_parallel(fused):
     optimizer = tracking(table, fused=fused)
     replica = table._replicate_for_data_parallel()
     replica.weight = table.weight.detach().clone()
+    optimizer.step()
     with pytest.raises(RuntimeError, match=r"DataParallel.*flush"):
         replica(IDS)
+    optimizer.flush()
+    replica(IDS)
     # Tracked with its wrapper, whose hook runs before the copies are made.
     table = nn.Embedding(ROWS, 4)
     parallel = nn.DataParallel(table)
     optimizer = Tiger([table.weight], rows="tracked", lazy="exact", fused=fused, **HYPER)
     optimizer.track(parallel)
+    optimizer.step()
     replica = table._replicate_for_data_parallel()
     replica.weight = table.weight.detach().clone()
     replica(IDS)

@@ -373,12 +373,13 @@ class _Reader:
             return False
         if not replica:
             optimizer._catch_up_ids(self._p, ids)
-        elif any(any(q is self._p for q in g.params) for g in optimizer._lazy_groups()):
+        elif not optimizer._used_rows()[self._p].current and any(
+            q is self._p for group in optimizer._lazy_groups() for q in group.params
+        ):
             raise RuntimeError(
-                "nn.DataParallel copied a table in a lazy mode before its rows were up to date: "
-                "call optimizer.flush() and remove() the tracking before the forward pass, track "
-                "the nn.DataParallel itself if it wraps the table's module, or use "
-                "DistributedDataParallel"
+                "nn.DataParallel has copied a table in a lazy mode whose rows were not up to date: "
+                "call optimizer.flush() before each forward pass, track the nn.DataParallel itself "
+                "if it wraps nothing but the table's module, or use DistributedDataParallel"
             )
         return self._p.requires_grad and any(
             group["rows"] == "tracked" and any(q is self._p for q in group["params"])

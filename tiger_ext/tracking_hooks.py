@@ -88,6 +88,7 @@ class _Hook:
             if not self._reads(module, used):
                 return
             used.check_size()
+            plain = plain.to(used.table.device)
             if self._read(plain, replica) and records:
                 padding = module.padding_idx if isinstance(module, EMBEDDINGS) else None
                 used.record(plain, padding)

@@ -195,9 +195,9 @@ def _plain_ids(ids: Any, module: str) -> Tensor | None:
     Raises:
         TypeError: they are no ids.
     """
-    if isinstance(ids, torch.fx.Proxy):
-        return None
     if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex():
+        if isinstance(ids, torch.fx.Proxy):
+            return None
         got = f"{ids.dtype}" if isinstance(ids, Tensor) else type(ids).__name__
         raise TypeError(
             f"{module} is tracked and must be called with a tensor of ids first, got {got}"

@@ -233,12 +233,12 @@ class TrackingHandle:
     def __init__(self, module: nn.Module, used: UsedRows, read: _Read) -> None:
         """Register the hook; ``read`` is called with the ids before the module reads their rows."""
         self._used: UsedRows | None = used
-        used.modules += 1
         self._hooks: list[tuple[_Hook, Any]] = []
         replicas = not isinstance(module, nn.DataParallel)
         for each in _readers(module, used.table):
             hook = _Hook(used, read, _attribute_of(each, used.table), replicas)
             self._hooks.append((hook, each.register_forward_pre_hook(hook, with_kwargs=True)))
+        used.modules += 1
         _let_compiled_code_see_hooks()
 
     def remove(self) -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """torch.compile around models with tracked tables and around whole training steps."""
 
+import copy
 import shutil
 
 import pytest
@@ -15,7 +16,8 @@ from tiger_ext import AdamW, Lion, Tiger
 @pytest.fixture(autouse=True)
 def _fresh_compiler():
     torch._dynamo.reset()
-    yield
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=True):  # as in a fresh process
+        yield
     torch._dynamo.reset()
 
 
@@ -158,6 +160,85 @@ def test_the_hook_of_a_tracked_module_is_one_graph_break():
     assert whole.graph_break_count == 0
     assert not any("item()" in str(reason) for reason in tracked.break_reasons)
     assert tracked.graph_count <= 3  # before the hook, the look-up, after it
+
+
+def untracked(count, fused, sparse=True):
+    made = []
+    for _ in range(count):
+        model = Model(sparse)
+        rows = None if sparse else "tracked"
+        groups = [
+            {"params": [model.table.weight], "rows": rows},
+            {"params": list(model.head.parameters())},
+        ]
+        made.append((model, Tiger(groups, lazy="exact", fused=fused, **HYPER)))
+    return made
+
+
+FUSED = pytest.mark.parametrize("fused", [None, False], ids=["native", "reference"])
+
+
+@FUSED
+@pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "tracked"])
+def test_a_model_that_is_tracked_after_it_was_compiled(sparse, fused):
+    (model, optimizer), (twin, other) = untracked(2, fused, sparse)
+    backend = CompileCounterWithBackend("eager")
+    compiled = torch.compile(twin, backend=backend)
+    for k in range(3):
+        compiled(batch(k))
+    optimizer.track(model.table)
+    handle = other.track(twin.table)
+    train(model, optimizer, range(8))
+    train(twin, other, range(2), compiled)
+    graphs = backend.frame_count
+    train(twin, other, range(2, 8), compiled)
+    assert backend.frame_count == graphs
+    assert_alike(optimizer, other)
+    # And when the tracking ends.
+    handle.remove()
+    clock = other.state[twin.table.weight]["last_step"].clone()
+    with torch.no_grad():
+        compiled(torch.arange(ROWS))
+    assert torch.equal(clock, other.state[twin.table.weight]["last_step"])
+    other.track(twin.table)
+    train(model, optimizer, range(8, 12))
+    train(twin, other, range(8, 12), compiled)
+    assert_alike(optimizer, other)
+
+
+@FUSED
+@pytest.mark.parametrize("copied", [False, True], ids=["alike", "copied"])
+def test_a_model_compiled_after_another_of_its_class_that_is_not_tracked(copied, fused):
+    (model, optimizer), (twin, other), (second, third) = untracked(3, fused)
+    optimizer.track(model.table)
+    other.track(twin.table)
+    if copied:
+        second = copy.deepcopy(twin)  # whose hook does nothing
+        third = Tiger(second.parameters(), lazy="exact", fused=fused, **HYPER)
+    compiled, compiled_second = (torch.compile(m, backend="eager") for m in (twin, second))
+    train(second, third, range(4), compiled_second)
+    train(model, optimizer, range(8))
+    train(twin, other, range(8), compiled)
+    assert_alike(optimizer, other)
+    # Now that one too.
+    third.track(second.table)
+    train(second, third, range(4, 8), compiled_second)
+    clock = third.state[second.table.weight]["last_step"].clone()
+    with torch.no_grad():
+        compiled_second(torch.arange(ROWS))
+    assert not torch.equal(clock, third.state[second.table.weight]["last_step"])
+    third.flush()
+
+
+def test_what_was_compiled_is_dropped_once(monkeypatch):
+    (model, optimizer), (twin, other) = untracked(2, None)
+    resets = []
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: resets.append(1))
+    for _ in range(2):
+        other.track(twin.table).remove()
+        optimizer.track(model.table).remove()
+    assert len(resets) == 1
+    assert not torch._dynamo.config.skip_nnmodule_hook_guards
 
 
 @pytest.mark.parametrize("strict", [False, True])

@@ -23,7 +23,7 @@ ORDER = """
 _native options
 reference history tracking progress finish
 clocks
-huge_pages group_step
+huge_pages group_step tracking_hooks
 state
 windows reference_step
 lazy loading

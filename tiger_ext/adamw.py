@@ -39,7 +39,8 @@ class AdamW(MixedOptimizer):
         rows: how a strided gradient of a parameter of two or more dimensions is taken. None: every
             element is updated. "nonzero": only rows (indices of the first dimension) with a nonzero
             element in the gradient. "tracked": only rows whose ids went through a module given to
-            :meth:`track` since the last step, also where their gradient is zero.
+            :meth:`track` since the last step, also where their gradient is zero; parameters
+            that are no embedding's as with None.
         nonfinite: what a NaN or Inf in a gradient does, judged for each row where the update goes
             by rows, on the row's sum, else for the whole tensor. "propagate": it reaches the
             parameter; "skip": parameter and state stay as they are; "shrink": the state stays, the

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ class GroupStep:
         micro_step: the step's number in its window, from 1.
         micro_steps: how many steps make a window, or 1.
         closes: whether this step is a window's last.
+        whole: parameters that ``rows="tracked"`` does not concern.
         native: whether native kernels may take it.
     """
 
@@ -47,6 +48,7 @@ class GroupStep:
         "native",
         "options",
         "params",
+        "whole",
         "window",
     )
 
@@ -56,6 +58,7 @@ class GroupStep:
         self.options = options
         self.clock = clock
         self.params: list[Tensor] = options["params"]
+        self.whole: AbstractSet[Tensor] = frozenset()
         self.history: History | None = None
         if options["lazy"] != "frozen":
             if clock.history is None:
@@ -98,9 +101,12 @@ class GroupStep:
         """Return whether parameters move in the pass that adds gradients, or in the one after."""
         return self.window == 0 or not adds
 
-    def rule(self, adds: bool) -> Any:
-        """Return the options as the native step takes them; ``adds``: there are gradients."""
-        options = self.options
+    def rule(self, adds: bool, *, whole: bool = False) -> Any:
+        """Return the options as the native step takes them; ``adds``: there are gradients.
+
+        ``whole``: for the parameters in `whole`.
+        """
+        options = {**self.options, "rows": None} if whole else self.options
         return _native.C.Rule(  # type: ignore[union-attr]
             algorithm_of(options["algorithm"]).family,
             options,
@@ -122,9 +128,9 @@ def parameter_name(group: Mapping[str, Any], index: int, position: int) -> str:
     return f"parameter {names[position]!r} ({where})" if names else f"parameter ({where})"
 
 
-def is_row_lazy(p: Tensor, options: Mapping[str, Any]) -> bool:
+def is_row_lazy(p: Tensor, group: GroupStep) -> bool:
     """Return whether a strided gradient of ``p`` updates only the rows it touches."""
-    return options["rows"] is not None and p.dim() >= 2
+    return group.options["rows"] is not None and p.dim() >= 2 and p not in group.whole
 
 
 def is_capturing() -> bool:

@@ -17,7 +17,7 @@ from tiger_ext.group_step import GroupStep, is_capturing, is_row_lazy
 from tiger_ext.options import algorithm_of
 from tiger_ext.progress import Progress
 from tiger_ext.reference_step import catch_up_on_reference
-from tiger_ext.state import StateChanges, complete_state
+from tiger_ext.state import StateChanges, check_shapes, complete_state
 from tiger_ext.tracking import UsedRows
 
 __all__ = [
@@ -61,6 +61,7 @@ def catch_up(
 
     Raises:
         IndexError: an id on the CPU is no row.
+        RuntimeError: the state is of another size than the parameter.
     """
     p = group.params[position]
     rows = last_step.numel()
@@ -76,6 +77,10 @@ def catch_up(
                     f"{group.name(position)}: id {int(bad[0])} is out of range for {rows} rows"
                 )
             where = torch.unravel_index(ids, last_step.shape)
+        try:
+            check_shapes(p, state)
+        except RuntimeError as error:
+            raise RuntimeError(f"{group.name(position)}: {error}") from None
         catch_up_on_reference(p, state, group, last_step, where)
         note_version(group, position)
         if progress is not None:
@@ -366,7 +371,7 @@ def note_current_tables(
             adds
             and p.grad is not None
             and p.grad.layout == torch.strided
-            and not is_row_lazy(p, group.options)
+            and not is_row_lazy(p, group)
             and group.options["nonfinite"] in ("propagate", "raise")
             and not group.window
             and not is_capturing()

@@ -38,7 +38,8 @@ class Lion(MixedOptimizer):
         rows: how a strided gradient of a parameter of two or more dimensions is taken. None: every
             element is updated. "nonzero": only rows (indices of the first dimension) with a nonzero
             element in the gradient. "tracked": only rows whose ids went through a module given to
-            :meth:`track` since the last step, also where their gradient is zero.
+            :meth:`track` since the last step, also where their gradient is zero; parameters
+            that are no embedding's as with None.
         scale: None: ``lr`` as given. "rms": ``lr`` is relative, multiplied by
             ``max(RMS(param), rms_floor) / RMS(direction)`` over the whole tensor, or over each row
             for sparse gradients and where ``rows`` is set; "rms_rows": over each row always. The

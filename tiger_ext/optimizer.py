@@ -23,9 +23,10 @@ from tiger_ext.clocks import Clocks, without_placeholders
 from tiger_ext.group_step import GroupStep, is_capturing
 from tiger_ext.loading import Loaded, fill_in
 from tiger_ext.options import ALGORITHMS, algorithm_of, check_option, complete_group
-from tiger_ext.state import StateChanges
+from tiger_ext.state import StateChanges, check_shapes
 from tiger_ext.step import Step
-from tiger_ext.tracking import TrackingHandle, UsedRows
+from tiger_ext.tracking import TrackedTables, UsedRows
+from tiger_ext.tracking_hooks import TrackingHandle, find_table
 
 __all__ = ["MixedOptimizer"]
 
@@ -100,8 +101,8 @@ class MixedOptimizer(torch.optim.Optimizer):
             FloatingPointError: a gradient has a NaN or Inf and its group ``nonfinite="raise"``.
             ValueError: a group's options have been changed to what its lazy mode does not allow.
             RuntimeError: a gradient's device, shape, dtype or layout does not fit; ``fused=True``
-                and there is no native kernel; or ``rows="tracked"`` and no module of the parameter
-                is tracked. In every case nothing was written.
+                and there is no native kernel; or ``rows="tracked"`` and no module of an embedding's
+                parameter is tracked. In every case nothing was written.
         """
         loss = None
         try:
@@ -229,9 +230,14 @@ class MixedOptimizer(torch.optim.Optimizer):
         For groups with ``lazy="decay"`` or ``"exact"`` it brings these rows up to date before they
         are read, in every mode. The cost depends on the number of ids alone.
 
+        The first call in a process has torch.compile guard the hooks of modules, and drops what it
+        has compiled before.
+
         Args:
             module: an ``nn.Embedding``, ``nn.EmbeddingBag``, or any module whose first argument is
-                an integer tensor of row ids, of any shape.
+                an integer tensor of row ids, of any shape. Of a wrapper (a compiled module,
+                ``nn.DataParallel``, a module that passes its ids on) the embedding within is
+                tracked as well.
             parameter: the table; default ``module.weight``.
 
         Returns:
@@ -239,31 +245,31 @@ class MixedOptimizer(torch.optim.Optimizer):
 
         Raises:
             ValueError: the parameter is not one of this optimizer's.
-            TypeError: the module has no ``weight`` and ``parameter`` was not given.
+            TypeError: the module has no ``weight`` and ``parameter`` was not given, or it is known
+                to take floats.
+            RuntimeError: the parameter has been resized, and its state has not.
         """
-        table = getattr(module, "weight", None) if parameter is None else parameter
-        if not isinstance(table, Tensor):
-            raise TypeError(
-                f"{type(module).__name__} has no tensor `weight`: pass the table as `parameter`"
-            )
+        module, table = find_table(module, parameter)
         for group in self._group_steps():
             for position, p in enumerate(group.params):
                 if p is table:
-                    rows = len(p) if p.dim() else 1
-                    used = UsedRows(group.name(position), rows)
+                    used = UsedRows(group.name(position), p)
                     if getattr(module, "max_norm", None) is not None:
                         group.clock.warned.add(p)  # the module itself writes to the rows it reads
                     used.current = group.history is not None and not group.history.started
-                    used = self._used_rows().setdefault(p, used)
-                    return TrackingHandle(module, used, _Reader(self, p))
+                    check_shapes(p, self.state.get(p, {}))
+                    return TrackingHandle(module, self._used_rows().add(used), _Reader(self, p))
         raise ValueError(
             f"the {list(table.shape)} parameter of {type(module).__name__} is not one of this "
             f"{type(self).__name__}'s"
         )
 
-    def _used_rows(self) -> dict[Tensor, UsedRows]:
+    def _used_rows(self) -> TrackedTables:
         """Return what tracked modules have recorded; not part of any state dict."""
-        return self.__dict__.setdefault("_tracked", {})
+        tables = self.__dict__.get("_tracked")
+        if tables is None:
+            tables = self.__dict__["_tracked"] = TrackedTables()
+        return tables
 
     def _catch_up_ids(self, p: Tensor, ids: Tensor) -> None:
         """Bring the rows that a tracked module is about to read up to date."""
@@ -409,14 +415,22 @@ class _Reader:
 
     @torch.inference_mode(False)  # state that is created here outlives it
     @torch.no_grad()
-    def __call__(self, ids: Tensor) -> bool:
+    def __call__(self, ids: Tensor, replica: bool) -> bool:
         """Bring the rows up to date; return whether the next step must know of them."""
         optimizer = self._optimizer()
         if optimizer is None:
             return False
-        optimizer._catch_up_ids(self._p, ids)
-        return any(
-            (group["rows"] == "tracked" or group["lazy"] == "frozen")
-            and any(q is self._p for q in group["params"])
+        if not replica:
+            optimizer._catch_up_ids(self._p, ids)
+        elif not optimizer._used_rows()[self._p].current and any(
+            q is self._p for group in optimizer._lazy_groups() for q in group.params
+        ):
+            raise RuntimeError(
+                "nn.DataParallel has copied a table in a lazy mode whose rows were not up to date: "
+                "call optimizer.flush() before each forward pass, track the nn.DataParallel itself "
+                "if it wraps nothing but the table's module, or use DistributedDataParallel"
+            )
+        return self._p.requires_grad and any(
+            group["rows"] == "tracked" and any(q is self._p for q in group["params"])
             for group in optimizer.param_groups
         )

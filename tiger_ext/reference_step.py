@@ -190,7 +190,7 @@ class ReferenceUpdate:
         if g is None:
             g = torch.zeros((), dtype=dtype, device=p.device).expand(p.shape)
             touched = torch.ones(p.shape[:row_dims], dtype=torch.bool, device=p.device)
-        elif is_row_lazy(p, self.group.options):
+        elif is_row_lazy(p, self.group):
             row_dims = max(row_dims, 1)
             if self.mask is not None:
                 touched = self.mask.bool()

@@ -17,6 +17,7 @@ last_step  int32, a number a row or one lazy modes: the step up to which it is c
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -138,7 +139,7 @@ def unlisted(p: Tensor) -> Tensor:
     return torch.empty((0, 0), dtype=torch.int64, device=p.device)
 
 
-def check_shapes(p: Tensor, state: dict[str, Any]) -> None:
+def check_shapes(p: Tensor, state: Mapping[str, Any]) -> None:
     """Raise RuntimeError unless the moments have the parameter's shape."""
     for name in MOMENTS:
         if name in state and state[name].shape != p.shape:
@@ -209,5 +210,5 @@ def _window_dims(p: Tensor, group: GroupStep) -> int:
     if p.grad is not None and p.grad.layout == torch.sparse_coo:
         return p.grad.sparse_dim()
     options = group.options
-    per_row = is_row_lazy(p, options) or (options["scale"] == "rms_rows" and p.dim() > 0)
+    per_row = is_row_lazy(p, group) or (options["scale"] == "rms_rows" and p.dim() > 0)
     return 1 if per_row else 0

@@ -33,8 +33,8 @@ from tiger_ext.lazy import (
 )
 from tiger_ext.options import check_lazy
 from tiger_ext.reference_step import ReferenceUpdate
-from tiger_ext.state import StateChanges, WindowError, complete_state
-from tiger_ext.tracking import UsedRows
+from tiger_ext.state import StateChanges, WindowError, check_shapes, complete_state
+from tiger_ext.tracking import TrackedTables
 from tiger_ext.windows import WindowRows, advance_windows, window_rows
 
 __all__ = ["Pass", "Step"]
@@ -99,7 +99,7 @@ class Step:
         groups: list[dict[str, Any]],
         clocks: list[GroupClock],
         state: Any,
-        tracked: dict[Tensor, UsedRows],
+        tracked: TrackedTables,
         faults: Any,
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
@@ -255,16 +255,24 @@ class Step:
     def _masks(self, group: GroupStep) -> dict[Tensor, Tensor]:
         """Return the mask ``[rows]`` of the used rows of each tracked parameter."""
         masks: dict[Tensor, Tensor] = {}
+        group.whole = self._tracked.whole
         for position, p in enumerate(group.params):
-            strided = p.grad is not None and p.grad.layout == torch.strided
-            if not strided or not is_row_lazy(p, group.options):
+            if not is_row_lazy(p, group):
+                continue
+            if p.grad is None or p.grad.layout != torch.strided:
                 continue
             used = self._tracked.get(p)
+            if used is None:
+                self._tracked.find_whole(self._options)
+                if p in group.whole:
+                    continue
             if used is None or not used.modules:
                 raise RuntimeError(
                     f"{self._label(group.index, position)}: rows='tracked', but no module of the "
                     "parameter is tracked; call optimizer.track(module)"
                 )
+            with self._labelled(group, position):
+                used.check_size()
             masks[p] = used.mask(p.device)
         return masks
 
@@ -272,17 +280,33 @@ class Step:
         self, this: Pass, group: GroupStep, adds: bool, rows: dict[Tensor, Tensor]
     ) -> list[int]:
         """Add a group to the native step; return the positions that have no native kernel."""
+        whole = [i for i, p in enumerate(group.params) if p in group.whole] if group.whole else []
+        if not whole:
+            return self._add_rule_to_native(this, group, group.rule(adds), rows, None)
+        by_rows = sorted(set(range(len(group.params))) - set(whole))
+        rest = self._add_rule_to_native(this, group, group.rule(adds), rows, by_rows)
+        rule = group.rule(adds, whole=True)
+        return sorted(rest + self._add_rule_to_native(this, group, rule, rows, whole))
+
+    def _add_rule_to_native(
+        self,
+        this: Pass,
+        group: GroupStep,
+        rule: Any,
+        rows: dict[Tensor, Tensor],
+        positions: list[int] | None,
+    ) -> list[int]:
         history = group.history
         arguments = (
             group.params,
             self._changes.state,
             group.index,
-            group.rule(adds),
+            rule,
             group.lr,
             rows,
             None if history is None else history.native(),
         )
-        without_state, rest, lagging, idle, rewritten = this.native.add_group(*arguments, None)
+        without_state, rest, lagging, idle, rewritten = this.native.add_group(*arguments, positions)
         this.rewritten += [(group, position) for position in rewritten]
         if idle:
             look_at_idle(group, idle, self._changes)
@@ -328,6 +352,7 @@ class Step:
             update = ReferenceUpdate(p, p.grad if adds else None, group, position, mask, {})
             with self._labelled(group, position):
                 update.check()
+                check_shapes(p, states.get(p, {}))
             if adds:
                 self._complete_state(this, group, position)
             update.state = states[p]

@@ -1,35 +1,61 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ids that embeddings look up: their rows must be current, and a step may ask for them."""
+"""The rows that tracked modules have used since the last step."""
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
+import gc
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["TrackingHandle"]
+__all__ = ["EMBEDDINGS", "TrackedTables", "UsedRows"]
+
+EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 
 class UsedRows:
     """Which rows of one parameter its tracked modules have read since the last step.
 
     Attributes:
+        name: what messages call the parameter.
+        table: the parameter.
+        rows: how many rows it had when it was tracked.
         current: whether all rows are known to be up to date.
+        modules: how many handles there are.
     """
 
-    def __init__(self, name: str, rows: int) -> None:
-        """Start with none of the ``rows`` rows of the parameter ``name`` used."""
+    def __init__(self, name: str, table: Tensor) -> None:
+        """Start with no row used."""
         self.name = name
-        self.rows = rows
+        self.table = table
+        self.rows = _rows_of(table)
         self.current = False
         self.modules = 0
-        self._ids: list[Tensor] = []
+        # One more at each end takes the ids that are no row. It stays where it is from step to
+        # step, so that replays of a captured forward pass write where later steps look.
+        self._mask: Tensor | None = None
 
-    def record(self, ids: Tensor) -> None:
-        """Add ids of any shape and integer dtype; duplicates are fine.
+    def check_size(self) -> None:
+        """Raise RuntimeError if the table has been resized."""
+        rows = _rows_of(self.table)
+        if rows != self.rows:
+            raise RuntimeError(
+                f"{self.name} was resized: it had {self.rows} rows when it was tracked and has "
+                f"{rows} now. Resize its state as well, or delete it from `optimizer.state`, then "
+                "call optimizer.track(module) anew"
+            )
+
+    def take_size(self) -> None:
+        """Take the table's present size; if it is another one, what was recorded is forgotten."""
+        rows = _rows_of(self.table)
+        if rows != self.rows:
+            self.rows, self._mask, self.current = rows, None, False
+
+    @torch.inference_mode(False)
+    def record(self, ids: Tensor, padding: int | None = None) -> None:
+        """Add ids of any shape, int32 or int64; duplicates are fine, ``padding`` is no row.
 
         Raises:
             IndexError: an id on the CPU is no row. On a GPU, where the check would make the host
@@ -42,78 +68,83 @@ class UsedRows:
                         f"a tracked module of {self.name} was given the id {extreme}, out of range "
                         f"for {self.rows} rows"
                     )
-        # A copy: the caller may fill its batch anew before the step.
-        self._ids.append(ids.detach().reshape(-1).to(torch.int64, copy=True))
+        mask = self._on(self.table.device)
+        places = ids.reshape(-1).to(mask.device, torch.int64)
+        if ids.device.type != "cpu":
+            places = places.clamp(-1, self.rows)
+        if padding is not None:
+            places = places.masked_fill(places == padding, -1)
+        mask.index_fill_(0, places + 1, 1)
 
     def mask(self, device: torch.device) -> Tensor:
-        """Return a uint8 mask ``[rows]``, 1 where a row was used."""
-        # One more at each end takes the ids that are no row.
-        mask = torch.zeros(self.rows + 2, dtype=torch.uint8, device=device)
-        for ids in self._ids:
-            mask.index_fill_(0, ids.to(device).clamp(-1, self.rows) + 1, 1)
-        return mask[1 : self.rows + 1]
+        """Return a uint8 mask ``[rows]``, 1 where a row was used; `clear` empties it."""
+        return self._on(device)[1 : self.rows + 1]
 
     def clear(self) -> None:
         """Forget what was recorded."""
-        self._ids.clear()
+        if self._mask is not None:
+            self._mask.zero_()
+
+    def _on(self, device: torch.device) -> Tensor:
+        if self._mask is None:
+            self._mask = torch.zeros(self.rows + 2, dtype=torch.uint8, device=device)
+        elif self._mask.device != device:
+            self._mask = self._mask.to(device)
+        return self._mask
 
 
-class _Hook:
-    """A forward pre-hook. Copies of it, in a copied or pickled model, do nothing."""
+class TrackedTables(dict[Tensor, UsedRows]):
+    """What tracked modules have recorded, by table.
 
-    def __init__(self, used: UsedRows | None, read: Callable[[Tensor], bool] | None) -> None:
-        self._used = None if used is None else weakref.ref(used)
-        self._read = read
+    Attributes:
+        whole: the parameters of at least two dimensions that are known not to be an embedding's:
+            ``rows="tracked"`` does not concern them.
+    """
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # An exported program reads the rows as they are; `flush` comes before.
-        if not torch.compiler.is_exporting():
-            self._look(module, args, kwargs)
+    def __init__(self) -> None:
+        """Track nothing."""
+        super().__init__()
+        self.whole: set[Tensor] = set()
 
-    @torch.compiler.disable
-    def _look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        used = self._used and self._used()
-        if not used or self._read is None:
-            return
-        ids = args[0] if args else next(iter(kwargs.values()), None)
-        if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex():
-            raise TypeError(
-                f"{type(module).__name__} is tracked and must be called with a tensor of ids "
-                f"first, got {ids.dtype if isinstance(ids, Tensor) else type(ids).__name__}"
-            )
-        if ids.device.type == "meta":
-            return
-        wanted = self._read(ids)
-        if wanted and module.training and torch.is_grad_enabled():
-            used.record(ids)
+    def add(self, used: UsedRows) -> UsedRows:
+        """Return what there is for the table, else ``used``; its size is taken anew."""
+        used = self.setdefault(used.table, used)
+        used.take_size()
+        self.whole.discard(used.table)
+        return used
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
-        return _Hook(None, None)
+    def find_whole(self, groups: Iterable[dict[str, Any]]) -> None:
+        """Add to ``whole`` the parameters of the groups that are no embedding's.
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Hook, (None, None)
+        None of them if nothing is tracked and no embedding is found: the embeddings are then of a
+        kind that only `track` can know.
+        """
+        tracked = [group["params"] for group in groups if group["rows"] == "tracked"]
+        params = [p for params in tracked for p in params if p.dim() >= 2]
+        embeddings = {id(p) for p in _tables_of_embeddings()}
+        if self or any(id(p) in embeddings for p in params):
+            self.whole.update(p for p in params if p not in self and id(p) not in embeddings)
 
 
-class TrackingHandle:
-    """What ``optimizer.track`` returns; ``remove()`` ends the tracking. Also a context manager."""
+def _tables_of_embeddings() -> Iterator[Tensor]:
+    """Find the weights of all embeddings that exist."""
+    for thing in gc.get_objects():
+        # Its type alone is asked: an attribute of a foreign object may be code.
+        if not issubclass(type(thing), EMBEDDINGS):
+            continue
+        state = object.__getattribute__(thing, "__dict__")
+        yield from _parameters_named_weight(state)
 
-    def __init__(self, module: nn.Module, used: UsedRows, read: Callable[[Tensor], bool]) -> None:
-        """Register the hook; ``read`` is called with the ids before the module reads their rows."""
-        self._used: UsedRows | None = used
-        used.modules += 1
-        self._hook = module.register_forward_pre_hook(_Hook(used, read), with_kwargs=True)
 
-    def remove(self) -> None:
-        """Stop tracking. May be called twice."""
-        if self._used is not None:
-            self._hook.remove()
-            self._used.modules -= 1
-            self._used = None
+def _parameters_named_weight(state: dict[str, Any]) -> Iterator[Tensor]:
+    """Find a module's weight, or what a parametrization makes it of."""
+    weight = state.get("_parameters", {}).get("weight")
+    if weight is not None:
+        yield weight
+    parametrizations = state.get("_modules", {}).get("parametrizations")
+    if isinstance(parametrizations, nn.ModuleDict) and "weight" in parametrizations:
+        yield from parametrizations["weight"].parameters(recurse=False)
 
-    def __enter__(self) -> TrackingHandle:
-        """Return the handle."""
-        return self
 
-    def __exit__(self, *exception: object) -> None:
-        """End the tracking."""
-        self.remove()
+def _rows_of(table: Tensor) -> int:
+    return len(table) if table.dim() else 1

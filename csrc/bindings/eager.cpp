@@ -210,7 +210,7 @@ class Step {
       const auto held = py::reinterpret_borrow<py::object>(PyList_GET_ITEM(params.ptr(), i));
       PyObject* const object = held.ptr();
       u.param = tensor(held);
-      if (lazy && rule.adds && !positions) {
+      if (lazy && rule.adds) {
         // Unless another thread is about to bring rows up to date.
         if (const std::unique_lock lock(history->rows(), std::try_to_lock); lock) {
           if (history->rewritten(i, u.param)) rewritten.append(i);

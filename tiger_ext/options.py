@@ -197,10 +197,12 @@ def _numbers(value: Any) -> list[Any]:
     """Return the elements of any sequence, array or tensor; none of what is not one."""
     if isinstance(value, (str, bytes, Mapping)) or not hasattr(value, "__getitem__"):
         return []
+    if getattr(value, "ndim", 1) != 1:
+        return []
     try:
         elements = list(value)
         return [e.item() if isinstance(e, Tensor) else e for e in elements]
-    except (TypeError, RuntimeError):  # no dimension to go along, or no values
+    except (TypeError, RuntimeError):  # types and functions, or tensors without values
         return []
 
 

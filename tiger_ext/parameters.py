@@ -11,10 +11,10 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = ["check_memory", "check_tensors"]
 
@@ -25,6 +25,10 @@ _SPARSE = (
     torch.sparse_bsr,
     torch.sparse_bsc,
 )
+
+
+# Where a parameter lies: its first byte, the end (there may be gaps between), group and position.
+_Span = tuple[int, int, int, int, Tensor]
 
 
 def check_tensors(group: Mapping[str, Any], index: int) -> None:
@@ -61,26 +65,26 @@ def check_memory(groups: Sequence[Mapping[str, Any]]) -> None:
     """Raise ValueError if two parameters of the groups have an element of memory in common.
 
     Only parameters that require gradients count: the others take no part in steps. Those without
-    memory of their own (meta and fake tensors, wrapping subclasses, freed storages) share none.
+    memory of their own (meta and fake tensors, wrapping subclasses, freed storages) share none. A
+    tensor that is in two groups is left to the base class.
     """
-    spans: dict[torch.device, list[_Span]] = {}
-    seen: set[int] = set()  # a tensor in two groups: the base class says so
+    spans: list[_Span] = []
     with torch._C.DisableTorchFunctionSubclass():
         for g, group in enumerate(groups):
             for position, t in enumerate(_tensors(group)):
-                span = _span_of(t, g, position)
-                if span is not None and id(t) not in seen:
-                    seen.add(id(t))
-                    spans.setdefault(t.device, []).append(span)
-    for found in spans.values():
-        found.sort()
-        for crowd in _crowds(found):
-            pair = _sharing(crowd)
-            if pair is not None:
-                first, second = (
-                    _label(groups[s.group], s.group, s.position)
-                    for s in sorted(pair, key=lambda s: (s.group, s.position))
-                )
+                if isinstance(t, Tensor) and t.requires_grad and _has_memory(t):
+                    try:
+                        begin = t.data_ptr()
+                        if begin:
+                            spans.append((begin, begin + _extent(t), g, position, t))
+                    except RuntimeError:  # it has no storage, or no strides
+                        continue
+        spans.sort()
+        for crowd in _crowds(spans):
+            found = _sharing(crowd)
+            if found is not None:
+                places = sorted((g, position) for _, _, g, position, _ in found)
+                first, second = (_label(groups[g], g, position) for g, position in places)
                 raise ValueError(
                     f"{first} and {second} share memory, which a step would update twice: give the "
                     "optimizer only one of them (a weight that two modules share is one "
@@ -88,87 +92,79 @@ def check_memory(groups: Sequence[Mapping[str, Any]]) -> None:
                 )
 
 
-class _Span(NamedTuple):
-    """Where a parameter lies: the bytes from ``start`` to ``end``, and what of them is its own."""
-
-    start: int
-    end: int
-    itemsize: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    group: int
-    position: int
-
-    @property
-    def is_filled(self) -> bool:
-        """Whether every byte of it is the parameter's."""
-        sizes = (n for n, s in zip(self.shape, self.stride, strict=True) if s != 0)
-        return math.prod(sizes) * self.itemsize >= self.end - self.start
+def _has_memory(t: Tensor) -> bool:
+    return type(t) is nn.Parameter or (
+        type(t).__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl
+    )
 
 
-def _span_of(t: Any, group: int, position: int) -> _Span | None:
-    if (
-        not isinstance(t, Tensor)
-        or type(t).__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl
-        or not t.requires_grad
-        or t.is_meta
-    ):
-        return None
-    try:
-        if t.numel() == 0 or t.untyped_storage().nbytes() == 0:
-            return None
-        start, shape, stride, itemsize = t.data_ptr(), tuple(t.shape), t.stride(), t.itemsize
-    except RuntimeError:  # it has no storage, or no strides
-        return None
-    if start == 0:
-        return None
-    last = sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
-    return _Span(start, start + (last + 1) * itemsize, itemsize, shape, stride, group, position)
+def _extent(t: Tensor) -> int:
+    """Return how many bytes lie between the first and the end of the last element."""
+    if t.is_contiguous():
+        return t.numel() * t.itemsize
+    return (1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))) * t.itemsize
 
 
-def _crowds(spans: Sequence[_Span]) -> Iterator[list[_Span]]:
+def _crowds(spans: Sequence[_Span]) -> Iterator[Sequence[_Span]]:
     """Yield the spans, which are sorted, that overlap others, together with these."""
-    crowd: list[_Span] = []
-    reach = 0
-    for span in spans:
-        if crowd and span.start >= reach:
-            if len(crowd) > 1:
-                yield crowd
-            crowd = []
-        crowd.append(span)
-        reach = max(reach, span.end) if len(crowd) > 1 else span.end
-    if len(crowd) > 1:
-        yield crowd
+    first, reach = 0, 0
+    for k, (begin, end, *_) in enumerate(spans):
+        if begin >= reach:
+            if k - first > 1:
+                yield spans[first:k]
+            first = k
+        reach = max(reach, end)
+    if len(spans) - first > 1:
+        yield spans[first:]
 
 
 def _sharing(crowd: Sequence[_Span]) -> tuple[_Span, _Span] | None:
     """Return two spans with an element in common; None: they only interleave."""
-    filled = [span for span in crowd if span.is_filled]
-    for a, b in itertools.pairwise(filled):
-        if b.start < a.end:
-            return a, b
-    # Mark one after the other on a map of the memory.
-    begin = crowd[0].start
-    unit = math.gcd(*(n for s in crowd for n in (s.itemsize, s.start - begin)))
-    taken = torch.zeros((max(s.end for s in crowd) - begin) // unit, dtype=torch.bool)
-    views = [_view(taken, s, begin, unit) for s in crowd]
-    for k, view in enumerate(views):
-        if bool(view.any()):
-            for j in range(k):
-                taken.zero_()
-                views[j].fill_(True)
-                if bool(view.any()):
-                    return crowd[j], crowd[k]
-        view.fill_(True)
+    by_device: dict[torch.device, dict[int, _Span]] = {}
+    for span in crowd:
+        t = span[-1]
+        if t.untyped_storage().nbytes() > 0:  # else it is freed, and its address means nothing
+            by_device.setdefault(t.device, {})[id(t)] = span
+    for spans in by_device.values():
+        found = _meeting_on_map(list(spans.values())) if len(spans) > 1 else None
+        if found is not None:
+            return found
     return None
 
 
-def _view(taken: Tensor, span: _Span, begin: int, unit: int) -> Tensor:
-    units = span.itemsize // unit
-    dims = [(n, s * units) for n, s in zip(span.shape, span.stride, strict=True) if n > 1 and s > 0]
-    dims.append((units, 1))
-    sizes, strides = zip(*dims, strict=True)
-    return taken.as_strided(sizes, strides, (span.start - begin) // unit)
+def _meeting_on_map(spans: list[_Span]) -> tuple[_Span, _Span] | None:
+    """Mark one span after the other on a map of the memory, until a place is taken."""
+    for a, b in itertools.pairwise(span for span in spans if not _has_gaps(span)):
+        if b[0] < a[1]:
+            return a, b
+    start, end = spans[0][0], max(end for _, end, *_ in spans)
+    unit = math.gcd(*(n for begin, _, _, _, t in spans for n in (t.itemsize, begin - start)))
+    taken = torch.zeros((end - start) // unit, dtype=torch.bool)
+    parts = []
+    for begin, _, _, _, t in spans:
+        units = t.itemsize // unit
+        dims = [*((n, s * units) for n, s in _steps(t)), (units, 1)]
+        sizes, strides = zip(*dims, strict=True)
+        parts.append(taken.as_strided(sizes, strides, (begin - start) // unit))
+    for k, part in enumerate(parts):
+        if bool(part.any()):
+            for j in range(k):
+                taken.zero_()
+                parts[j].fill_(True)
+                if bool(part.any()):
+                    return spans[j], spans[k]
+        part.fill_(True)
+    return None
+
+
+def _steps(t: Tensor) -> list[tuple[int, int]]:
+    """Return size and stride of the dimensions along which the elements lie apart."""
+    return [(n, s) for n, s in zip(t.shape, t.stride(), strict=True) if n > 1 and s > 0]
+
+
+def _has_gaps(span: _Span) -> bool:
+    begin, end, _, _, t = span
+    return math.prod(n for n, _ in _steps(t)) * t.itemsize < end - begin
 
 
 def _tensors(group: Mapping[str, Any]) -> Iterator[Any]:
@@ -176,7 +172,7 @@ def _tensors(group: Mapping[str, Any]) -> Iterator[Any]:
 
 
 def _label(group: Mapping[str, Any], index: int, position: int) -> str:
-    p = group["params"][position]
+    p = list(group["params"])[position]
     names = group.get("param_names") or ()
     name = p[0] if isinstance(p, tuple) else names[position] if position < len(names) else None
     where = f"(group {index}, position {position})"

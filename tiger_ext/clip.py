@@ -131,7 +131,9 @@ def clip_grad_value_(
         raise ValueError(f"clip_value={clip_value!r}: expected a number >= 0")
     with torch.no_grad():
         clamped = [(grad, _clamped(grad, limit, k)) for k, grad in sparse.items() if grad._nnz()]
-        _torch_clip_grad_value_([p for p in parameters if not _is_sparse(p)], limit, foreach)
+        strided = [p for p in parameters if p.grad is not None and not _is_sparse(p)]
+        if strided:  # else torch's may raise
+            _torch_clip_grad_value_(strided, limit, foreach)
         for grad, values in clamped:
             if _shares_memory_within(grad._values()):
                 _replace_values(grad, values)

@@ -267,7 +267,9 @@ def test_what_is_no_sequence_of_betas_is_refused(cls):
             cls([parameter(3)], betas=bad)
 
 
-@pytest.mark.parametrize("scalar", [np.float64, np.float32, np.float16, np.int64])
+@pytest.mark.parametrize(
+    "scalar", [np.float64, np.float32, np.float16, np.longdouble, np.int64, np.array]
+)
 def test_numpy_scalars_become_numbers(scalar):
     numbers = dict(
         lr=scalar(1),
@@ -295,11 +297,18 @@ def test_numpy_scalars_become_numbers(scalar):
 
 
 @pytest.mark.parametrize(
-    "value", [np.float64("nan"), np.float32(-1), np.float64("inf"), np.array(0.1), np.bool_(True)]
+    "value", [np.float64("nan"), np.float32(-1), np.float64("inf"), np.ones(1), np.bool_(True)]
 )
 def test_bad_numpy_values_are_refused(value):
     with pytest.raises(ValueError, match="lr="):
         Tiger([parameter(3)], lr=value)
+
+
+def test_numpy_flags_become_flags():
+    flags = dict(maximize=np.bool_(True), capturable=np.bool_(False), fused=np.array(False))
+    group = Tiger([parameter(3)], **flags).param_groups[0]
+    assert [group[name] for name in flags] == [True, False, False]
+    assert all(type(group[name]) is bool for name in flags)
 
 
 def test_strings_of_other_types_become_strings():

@@ -206,6 +206,13 @@ def _numbers(value: Any) -> list[Any]:
         return []
 
 
+def _without_numpy(value: Any) -> Any:
+    """Return what a scalar or 0-dim array of numpy holds; anything else as it is."""
+    if getattr(value, "ndim", None) == 0 and not isinstance(value, Tensor):
+        return value.item()
+    return value
+
+
 def _one_of(names: Any, *more: None) -> Callable[[Any], bool]:
     values = get_args(names) + more
     return lambda v: (v is None or isinstance(v, str)) and v in values
@@ -279,7 +286,7 @@ def check_option(name: str, value: Any, algorithm: Algorithm) -> None:
                 raise ValueError(f"{name}={value!r}: expected {only!r}")
             return
     legal, expected = _CHECKS[name]
-    if not legal(value):
+    if not legal(_without_numpy(value)):
         raise ValueError(f"{name}={value!r}: expected {expected}")
 
 
@@ -295,6 +302,7 @@ def plain_option(name: str, value: Any, algorithm: Algorithm) -> Any:
     check_option(name, value, algorithm)
     if name == "betas":
         return tuple(map(float, _numbers(value)))
+    value = _without_numpy(value)
     if isinstance(value, str):
         return str.__str__(value)
     if _number(value) and type(value) not in (int, float):

@@ -6,6 +6,7 @@ import io
 import pickle
 from collections.abc import Sequence
 from difflib import SequenceMatcher
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -319,3 +320,22 @@ def test_strings_of_other_types_become_strings():
     assert all(type(group[name]) is str for name in ("lazy", "rows", "nonfinite"))
     assert reloaded(opt.state_dict())["param_groups"][0]["lazy"] == "decay"
     assert pickle.loads(pickle.dumps(opt)).param_groups[0]["rows"] == "nonzero"
+
+
+# ------------------------------------------------------------------------------------- types
+
+
+@every_class
+def test_the_types_of_the_signature_are_the_legal_strings(cls):
+    hints = get_type_hints(cls.__init__)
+    names = {"lazy", "rows", "nonfinite"} | ({"scale", "direction"} if cls is not AdamW else set())
+    assert names <= set(hints)
+    for name in names:
+        parts = get_args(hints[name])  # of a Literal, or of a Literal or None
+        values = [v for part in parts for v in (get_args(part) or [part]) if isinstance(v, str)]
+        assert len(values) >= 2
+        for value in values:
+            cls([parameter(3)], **{name: value})
+        with pytest.raises(ValueError) as refused:
+            cls([parameter(3)], **{name: "else"})
+        assert all(repr(value) in str(refused.value) for value in values)

@@ -11,7 +11,7 @@ import tiger_ext
 from tiger_ext import AdamW, Lion, Tiger
 
 GAIN = dict(lr=0.125, weight_decay=0.0, scale=None, shrink_to=1.0)
-BIAS = dict(lr=0.125, weight_decay=0.0, scale=None)
+BIAS = dict(lr=0.125, weight_decay=0.0, scale=None, shrink_to=0.0)
 OTHER = dict(lr=0.25, weight_decay=0.5, scale="rms", rms_floor=1e-3)
 TABLE = dict(lr=0.25, weight_decay=0.5, scale="rms_rows", rms_floor=1e-3)
 ZEROS = {**OTHER, "rms_floor": 0.02}

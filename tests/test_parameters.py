@@ -169,6 +169,15 @@ def test_frozen_parameters_share_with_whom_they_like():
     assert torch.equal(p, twin)
 
 
+def test_the_default_device_does_not_matter():
+    matrix = torch.zeros(6, 8)
+    left, right, beyond = (Parameter(t) for t in (matrix[:, :4], matrix[:, 4:], matrix[:, 3:]))
+    with torch.device("meta"):
+        Tiger([left, right])
+        with pytest.raises(ValueError, match="share memory"):
+            Tiger([left, beyond])
+
+
 def test_what_has_no_memory_shares_none():
     def freed():
         p = Parameter(torch.zeros(16)[8:])

@@ -47,7 +47,7 @@ def param_groups(
     parameters                ``lr``    weight decay  ``scale``    ``shrink_to``
     ========================  ========  ============  ===========  ============
     of embeddings             ``lr``    yes           "rms_rows"
-    biases                    ``lr/2``  none          None
+    biases                    ``lr/2``  none          None         0.0
     gains of normalisation    ``lr/2``  none          None         1.0
     layers
     all others                ``lr``    yes           "rms"
@@ -116,7 +116,7 @@ def param_groups(
         ),
         "others": dict(lr=lr, weight_decay=weight_decay, scale="rms"),
         "zero others": dict(lr=lr, weight_decay=weight_decay, scale="rms", rms_floor=_INITIAL_SIZE),
-        "biases": dict(lr=0.5 * lr, weight_decay=0.0, scale=None),
+        "biases": dict(lr=0.5 * lr, weight_decay=0.0, scale=None, shrink_to=0.0),
         "gains": dict(lr=0.5 * lr, weight_decay=0.0, scale=None, shrink_to=1.0),
     }
     if embedding_algorithm is not None:

@@ -139,7 +139,7 @@ def _meeting_on_map(spans: list[_Span]) -> tuple[_Span, _Span] | None:
             return a, b
     start, end = spans[0][0], max(end for _, end, *_ in spans)
     unit = math.gcd(*(n for begin, _, _, _, t in spans for n in (t.itemsize, begin - start)))
-    taken = torch.zeros((end - start) // unit, dtype=torch.bool)
+    taken = torch.zeros((end - start) // unit, dtype=torch.bool, device="cpu")
     parts = []
     for begin, _, _, _, t in spans:
         units = t.itemsize // unit

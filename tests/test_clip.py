@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from oracle import arithmetic, same_bits, summed_gradient
 from torch.nn import Parameter
 
-from tiger_ext import _native
+from tiger_ext import _native, clip
 from tiger_ext.clip import clip_grad_norm_, clip_grad_value_
 
 NORMS = [2.0, 1.0, math.inf, -math.inf, 0.0, 0.5, 3.0, -1.5]
@@ -424,9 +424,9 @@ def test_foreach_changes_no_result(foreach, sparse, p, backend):
 def test_foreach_where_there_is_no_such_operation():
     p = Parameter(torch.ones(3, device="meta"))
     p.grad = torch.ones(3, device="meta")
-    for clip in (torch.nn.utils.clip_grad_value_, clip_grad_value_):
+    for clamp in (torch.nn.utils.clip_grad_value_, clip_grad_value_):
         with pytest.raises(RuntimeError, match="foreach=True"):
-            clip([p], 1.0, foreach=True)
+            clamp([p], 1.0, foreach=True)
 
 
 # ------------------------------------------------------------------------------------------ value
@@ -513,6 +513,33 @@ def test_gradients_without_entries_or_elements():
     clip_grad_value_(params, 1.0)
     clip_grad_value_([], 1.0)
     assert [p.grad._nnz() for p in params] == [0, 2]
+
+
+def test_entries_out_of_range_on_another_device_are_left_as_they_are():
+    # All that is asked of a gradient; of one that lies on a GPU no index is looked at.
+    indices, values = torch.tensor([[0, 7, 0, -1, 2]]), torch.tensor([[4.0], [9], [4], [9], [1]])
+    grad = types.SimpleNamespace(
+        _indices=lambda: indices,
+        _values=lambda: values,
+        sparse_dim=lambda: 1,
+        shape=torch.Size([3, 1]),
+        dtype=values.dtype,
+        device=types.SimpleNamespace(type="cuda"),
+    )
+    assert clip._clamped(grad, 5.0, 0).flatten().tolist() == [5.0, 9.0, 0.0, 9.0, 1.0]
+
+
+def test_clamping_needs_no_value_of_a_device():
+    # On the meta device there are no values: any host synchronisation raises.
+    p = Parameter(torch.zeros(10, 3, device="meta"))
+    p.grad = torch.sparse_coo_tensor(
+        torch.empty(1, 30, dtype=torch.int64, device="meta"),
+        torch.empty(30, 3, device="meta"),
+        (10, 3),
+        device="meta",
+        check_invariants=False,
+    )
+    clip_grad_value_(p, 1.0)
 
 
 @pytest.mark.parametrize("value", [-1.0, math.nan])

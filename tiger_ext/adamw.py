@@ -31,7 +31,7 @@ class AdamW(MixedOptimizer):
     Args:
         params: parameters, named parameters, or parameter groups; floating point, any shape.
         lr: learning rate :math:`\eta`, a number or a tensor of one element, 0-dim or [1].
-        betas: ``(beta1, beta2)``. With ``beta1 = 0`` no first moment is stored.
+        betas: ``(beta1, beta2)``, any sequence. With ``beta1 = 0`` no first moment is stored.
         eps: added to the denominator.
         weight_decay: :math:`\lambda`, decoupled: a parameter shrinks by ``lr * weight_decay``.
         lazy: what becomes of the steps that did not touch a row once it is touched again. "frozen":

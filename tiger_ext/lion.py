@@ -29,7 +29,7 @@ class Lion(MixedOptimizer):
     Args:
         params: parameters, named parameters, or parameter groups; floating point, any shape.
         lr: learning rate :math:`\eta`, a number or a tensor of one element, 0-dim or [1].
-        betas: ``(beta1, beta2)``: decay rates of the direction and of the momentum.
+        betas: ``(beta1, beta2)``: decay rates of the direction and of the momentum; any sequence.
         weight_decay: :math:`\lambda`, decoupled: a parameter shrinks by ``lr * weight_decay``.
         lazy: what becomes of the steps that did not touch a row once it is touched again. "frozen":
             nothing, it goes on from where it was. "decay": its momentum and its value first decay

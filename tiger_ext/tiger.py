@@ -28,7 +28,7 @@ class Tiger(MixedOptimizer):
     Args:
         params: parameters, named parameters, or parameter groups; floating point, any shape.
         lr: learning rate :math:`\eta`, a number or a tensor of one element, 0-dim or [1].
-        betas: ``(beta,)``, the momentum's decay rate.
+        betas: ``(beta,)``, the momentum's decay rate; any sequence.
         weight_decay: :math:`\lambda`, decoupled: a parameter shrinks by ``lr * weight_decay``.
         lazy: what becomes of the steps that did not touch a row once it is touched again. "frozen":
             nothing, it goes on from where it was. "decay": its momentum and its value first decay

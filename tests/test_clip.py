@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import math
+import types
 import warnings
 
 import numpy as np
@@ -11,8 +12,8 @@ from hypothesis import strategies as st
 from oracle import arithmetic, same_bits, summed_gradient
 from torch.nn import Parameter
 
-from tiger_ext import _native
-from tiger_ext.clip import clip_grad_norm_
+from tiger_ext import _native, clip
+from tiger_ext.clip import clip_grad_norm_, clip_grad_value_
 
 NORMS = [2.0, 1.0, math.inf, -math.inf, 0.0, 0.5, 3.0, -1.5]
 every_norm = pytest.mark.parametrize("p", NORMS, ids=lambda p: f"p={p:g}")
@@ -385,3 +386,203 @@ def test_the_stand_in_needs_no_value_of_a_device():
             device="meta",
         )
         assert clip_grad_norm_([table], 1.0, p).shape == ()
+
+
+# ------------------------------------------------------------------------------ in torch's place
+
+
+def test_ours_may_take_the_place_of_torchs(monkeypatch):
+    for module in (torch.nn.utils, torch.nn.utils.clip_grad):
+        monkeypatch.setattr(module, "clip_grad_norm_", clip_grad_norm_)
+        monkeypatch.setattr(module, "clip_grad_value_", clip_grad_value_)
+    table = unchecked_sparse([[1, 1]], torch.tensor([3.0, 1.0]), (5,))
+    params = with_grads(torch.tensor([3.0, 0.0]), table)
+    assert torch.nn.utils.clip_grad_norm_(params, 1e6).item() == 5.0
+    assert torch.nn.utils.clip_grad_norm_(params[:1], 1e6).item() == 3.0
+    torch.nn.utils.clip_grad_value_(params, 2.0)
+    assert params[0].grad.tolist() == [2.0, 0.0] and params[1].grad.to_dense()[1] == 2.0
+
+
+@every_norm
+@pytest.mark.parametrize("foreach", [None, False, True])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_foreach_changes_no_result(foreach, sparse, p, backend):
+    def make():
+        torch.manual_seed(1)
+        grads = [torch.randn(4, 3), torch.randn(7)]
+        return with_grads(*grads, *([sparse_grad(parameter(6, 2), 9)] if sparse else []))
+
+    ours, theirs = make(), make()
+    total = clip_grad_norm_(ours, 0.5, p, False, foreach)
+    wanted = torch.nn.utils.clip_grad_norm_(dense_copies(theirs), 0.5, p, foreach=foreach)
+    torch.testing.assert_close(total, wanted)
+    clip_grad_norm_(theirs, 0.5, p)
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a.grad.to_dense(), b.grad.to_dense())
+
+
+def test_foreach_where_there_is_no_such_operation():
+    p = Parameter(torch.ones(3, device="meta"))
+    p.grad = torch.ones(3, device="meta")
+    for clamp in (torch.nn.utils.clip_grad_value_, clip_grad_value_):
+        with pytest.raises(RuntimeError, match="foreach=True"):
+            clamp([p], 1.0, foreach=True)
+
+
+# ------------------------------------------------------------------------------------------ value
+
+
+def clamped_as_dense(params, clip_value):
+    dense = dense_copies(params)
+    torch.nn.utils.clip_grad_value_(dense, clip_value)
+    return [p.grad for p in dense]
+
+
+def dense_now(p):
+    return dense_sum(p.grad) if p.grad.layout == torch.sparse_coo else p.grad
+
+
+@floats("dtype")
+@pytest.mark.parametrize("clip_value", [0.0, 0.5, 1, 1e4, math.inf])
+@pytest.mark.parametrize("foreach", [None, False, True])
+def test_strided_gradients_are_clamped_by_torch(dtype, clip_value, foreach):
+    ours = with_grads(*(2 * torch.randn(s).to(dtype) for s in [(4, 3), (7,), ()]))
+    theirs = copies(ours)
+    ours.append(Parameter(torch.zeros(2)))  # without a gradient
+    assert clip_grad_value_((p for p in ours), clip_value, foreach) is None
+    torch.nn.utils.clip_grad_value_(theirs, clip_value, foreach)
+    for a, b in zip(ours, theirs):
+        assert same_bits(a.grad, b.grad)
+
+
+@floats("dtype")
+@pytest.mark.parametrize("clip_value", [0.0, 0.5, 1.5, 1e4, math.inf])
+@pytest.mark.parametrize("sparse_dim", [1, 2, 3])
+@pytest.mark.parametrize("coalesced", [False, True])
+def test_the_sum_of_a_row_is_clamped(dtype, clip_value, sparse_dim, coalesced):
+    p, q = parameter(5, 4, 3, dtype=dtype), parameter(6, dtype=dtype)
+    p.grad = sparse_grad(p, 30, sparse_dim=sparse_dim, coalesced=coalesced, rows=3)
+    q.grad = torch.randn(6, dtype=torch.float64).to(dtype)
+    wanted = clamped_as_dense([p, q], clip_value)
+    indices, grad = p.grad._indices().clone(), p.grad
+    clip_grad_value_([p, q], clip_value)
+    assert p.grad is grad and torch.equal(p.grad._indices(), indices)
+    assert p.grad.is_coalesced() == coalesced
+    for ours, theirs in zip((p, q), wanted):
+        torch.testing.assert_close(dense_now(ours), theirs, rtol=tolerance(dtype), atol=1e-6)
+    torch.testing.assert_close(p.grad.to_dense().double(), wanted[0].double(), rtol=3e-2, atol=3e-2)
+
+
+def test_duplicates_are_clamped_as_their_sum():
+    rows = [[2, 0, 2, 1, 2, 0]]
+    values = torch.tensor([[3.0], [0.25], [3.0], [-9.0], [-5.5], [0.5]])
+    (p,) = with_grads(unchecked_sparse(rows, values, (4, 1)))
+    clip_grad_value_(p, 1.0)
+    # Row 2 is 0.5 and row 0 is 0.75 in sum: left as they are, also where an entry is large.
+    assert p.grad._values().flatten().tolist() == [3.0, 0.25, 3.0, -1.0, -5.5, 0.5]
+    clip_grad_value_(p, 0.5)
+    assert p.grad._values().flatten().tolist() == [3.0, 0.5, 3.0, -0.5, -5.5, 0.0]
+    assert p.grad._indices().tolist() == rows
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_nan_and_inf_are_clamped_as_by_torch():
+    nan, inf = math.nan, math.inf
+    values = torch.tensor([[nan, 9.0], [inf, 1.0], [inf, inf], [-inf, 1.0], [-inf, 3.0]])
+    (p,) = with_grads(unchecked_sparse([[0, 1, 2, 2, 3]], values, (5, 2)))
+    (wanted,) = clamped_as_dense([p], 2.0)
+    clip_grad_value_(p, 2.0)
+    assert torch.equal(p.grad.to_dense().nan_to_num(77.0), wanted.nan_to_num(77.0))
+    assert p.grad.to_dense()[0].isnan().tolist() == [True, False]
+
+
+def test_values_that_share_memory_are_replaced():
+    values = torch.full((1, 1), 3.0).expand(4, 2)
+    (p,) = with_grads(unchecked_sparse([[0, 1, 1, 3]], values, (5, 2)))
+    grad = p.grad
+    clip_grad_value_(p, 2.0)
+    assert p.grad is grad and grad.to_dense()[:, 0].tolist() == [2.0, 2.0, 0.0, 2.0, 0.0]
+    assert values.flatten().tolist() == [3.0] * 8
+
+
+def test_gradients_without_entries_or_elements():
+    params = with_grads(
+        unchecked_sparse(torch.zeros(1, 0), torch.zeros(0, 2), (5, 2)),
+        unchecked_sparse([[1, 1]], torch.zeros(2, 0), (5, 0)),
+    )
+    clip_grad_value_(params, 1.0)
+    clip_grad_value_([], 1.0)
+    assert [p.grad._nnz() for p in params] == [0, 2]
+
+
+def test_entries_out_of_range_on_another_device_are_left_as_they_are():
+    # All that is asked of a gradient; of one that lies on a GPU no index is looked at.
+    indices, values = torch.tensor([[0, 7, 0, -1, 2]]), torch.tensor([[4.0], [9], [4], [9], [1]])
+    grad = types.SimpleNamespace(
+        _indices=lambda: indices,
+        _values=lambda: values,
+        sparse_dim=lambda: 1,
+        shape=torch.Size([3, 1]),
+        dtype=values.dtype,
+        device=types.SimpleNamespace(type="cuda"),
+    )
+    assert clip._clamped(grad, 5.0, 0).flatten().tolist() == [5.0, 9.0, 0.0, 9.0, 1.0]
+
+
+def test_clamping_needs_no_value_of_a_device():
+    # On the meta device there are no values: any host synchronisation raises.
+    p = Parameter(torch.zeros(10, 3, device="meta"))
+    p.grad = torch.sparse_coo_tensor(
+        torch.empty(1, 30, dtype=torch.int64, device="meta"),
+        torch.empty(30, 3, device="meta"),
+        (10, 3),
+        device="meta",
+        check_invariants=False,
+    )
+    clip_grad_value_(p, 1.0)
+
+
+@pytest.mark.parametrize("value", [-1.0, math.nan])
+def test_a_limit_that_zeros_would_break_is_refused(value):
+    p, q = with_grads(torch.ones(2), unchecked_sparse([[0]], torch.ones(1), (3,)))
+    with pytest.raises(ValueError, match=rf"clip_value={value}.*>= 0"):
+        clip_grad_value_([p, q], value)
+    assert p.grad.tolist() == [1.0, 1.0] and q.grad._values().tolist() == [1.0]
+
+
+@pytest.mark.parametrize("index", [-1, 3])
+def test_a_row_out_of_range_clamps_nothing(index):
+    params = with_grads(
+        torch.full((2,), 9.0),
+        unchecked_sparse([[0]], torch.full((1,), 9.0), (3,)),
+        unchecked_sparse([[0, index]], torch.full((2,), 9.0), (3,)),
+    )
+    with pytest.raises(IndexError, match=rf"parameters\[2\].*entry 1 .*{index}.*3 rows"):
+        clip_grad_value_(params, 1.0)
+    assert [p.grad.sum().item() for p in params[:2]] == [18.0, 9.0]
+    assert params[2].grad._values().tolist() == [9.0, 9.0]
+
+
+def test_clamping_costs_what_the_entries_cost():
+    p = Parameter(torch.empty(10**12, 2, device="meta"))
+    grad = unchecked_sparse([[10**11, 3, 10**11]], torch.full((3, 2), 4.0), (10**12, 2))
+    holder = types.SimpleNamespace(grad=grad)
+    assert p.shape == grad.shape
+    clip_grad_value_([holder], 5.0)
+    assert grad._values()[:, 0].tolist() == [5.0, 4.0, 0.0]
+
+
+@given(st.data())
+@settings(max_examples=100)
+def test_any_gradient_is_clamped_as_its_dense_form(data):
+    rows = data.draw(st.integers(1, 5))
+    nnz = data.draw(st.integers(0, 12))
+    ids = data.draw(st.lists(st.integers(0, rows - 1), min_size=nnz, max_size=nnz))
+    quarters = st.integers(-12, 12).map(lambda k: k / 4)
+    values = data.draw(st.lists(quarters, min_size=2 * nnz, max_size=2 * nnz))
+    limit = data.draw(st.integers(0, 12).map(lambda k: k / 4))
+    grad = unchecked_sparse([ids], torch.tensor(values).reshape(nnz, 2), (rows, 2))
+    (p,) = with_grads(grad)
+    wanted = p.grad.to_dense().clamp(-limit, limit)
+    clip_grad_value_(p, limit)
+    assert torch.equal(p.grad.to_dense(), wanted)

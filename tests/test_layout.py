@@ -20,7 +20,7 @@ MAY_INCLUDE = {
 CODE = sorted(p for p in CSRC.rglob("*") if p.suffix in (".h", ".cuh", ".inl", ".cpp", ".cu"))
 # A module imports only from lines above its own.
 ORDER = """
-_native options
+_native options parameters
 reference history tracking progress finish
 clocks
 huge_pages group_step tracking_hooks

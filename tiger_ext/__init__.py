@@ -5,7 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from tiger_ext import nn
 from tiger_ext.adamw import AdamW
-from tiger_ext.clip import clip_grad_norm_
+from tiger_ext.clip import clip_grad_norm_, clip_grad_value_
 from tiger_ext.groups import param_groups
 from tiger_ext.health import health_report
 from tiger_ext.lion import Lion
@@ -17,6 +17,7 @@ __all__ = [
     "Tiger",
     "__version__",
     "clip_grad_norm_",
+    "clip_grad_value_",
     "health_report",
     "nn",
     "param_groups",

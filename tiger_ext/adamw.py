@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from tiger_ext.optimizer import MixedOptimizer
+from tiger_ext.options import AdamWLazy, Nonfinite, Rows
 
 __all__ = ["AdamW"]
 
@@ -27,8 +30,8 @@ class AdamW(MixedOptimizer):
 
     Args:
         params: parameters, named parameters, or parameter groups; floating point, any shape.
-        lr: learning rate :math:`\eta`, a number or a 0-dim tensor.
-        betas: ``(beta1, beta2)``. With ``beta1 = 0`` no first moment is stored.
+        lr: learning rate :math:`\eta`, a number or a tensor of one element, 0-dim or [1].
+        betas: ``(beta1, beta2)``, any sequence. With ``beta1 = 0`` no first moment is stored.
         eps: added to the denominator.
         weight_decay: :math:`\lambda`, decoupled: a parameter shrinks by ``lr * weight_decay``.
         lazy: what becomes of the steps that did not touch a row once it is touched again. "frozen":
@@ -60,7 +63,8 @@ class AdamW(MixedOptimizer):
 
     Raises:
         ValueError: an option has an illegal value (the message names argument, value, legal range).
-        TypeError: a parameter group has an unknown key or another algorithm's option.
+        TypeError: a parameter group has another algorithm's option, or a key that is nearly an
+            option's name.
 
     Source: Loshchilov & Hutter 2019, "Decoupled Weight Decay Regularization", arXiv 1711.05101.
     """
@@ -71,13 +75,13 @@ class AdamW(MixedOptimizer):
         self,
         params: ParamsT,
         lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: Sequence[float] | Tensor = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         *,
-        lazy: str = "frozen",
-        rows: str | None = None,
-        nonfinite: str = "propagate",
+        lazy: AdamWLazy = "frozen",
+        rows: Rows | None = None,
+        nonfinite: Nonfinite = "propagate",
         shrink_ratio: float = 0.99,
         momentum_dtype: torch.dtype | None = None,
         stochastic_rounding: bool = False,

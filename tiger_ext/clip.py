@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradient clipping by the norm of all gradients together, row-sparse ones included."""
+"""Gradient clipping, by norm and by value, row-sparse gradients included."""
 
 from __future__ import annotations
 
@@ -11,9 +11,14 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+# Bound now: trainers put ours in the place of torch's.
+from torch.nn.utils import clip_grads_with_norm_ as _torch_clip_grads_with_norm_
+from torch.nn.utils.clip_grad import clip_grad_norm_ as _torch_clip_grad_norm_
+from torch.nn.utils.clip_grad import clip_grad_value_ as _torch_clip_grad_value_
+
 from tiger_ext import _native
 
-__all__ = ["clip_grad_norm_"]
+__all__ = ["clip_grad_norm_", "clip_grad_value_"]
 
 _NATIVE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -23,6 +28,7 @@ def clip_grad_norm_(
     max_norm: float,
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
 ) -> Tensor:
     """Scale gradients in place so that their total norm is at most ``max_norm``.
 
@@ -40,6 +46,8 @@ def clip_grad_norm_(
         norm_type: p of the p-norm of each gradient and of these norms together: any number,
             ``math.inf`` and ``-math.inf``; 0 counts (the gradients that are not zero).
         error_if_nonfinite: raise where the total norm is NaN or infinite, instead of scaling by it.
+        foreach: False: gradients are taken one by one; True: lists of them at once, RuntimeError on
+            devices without such operations; None: what the device has.
 
     Returns:
         The total norm before clipping: a 0-dim tensor on the device of the first gradient, of the
@@ -68,18 +76,69 @@ def clip_grad_norm_(
                 stacklevel=2,
             )
     if not any(_is_sparse(p) for p in parameters):
-        return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite)
+        return _torch_clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
 
     with torch.no_grad():
-        total = _total_norm(parameters, float(norm_type))
+        total = _total_norm(parameters, float(norm_type), foreach)
         if error_if_nonfinite and bool(total.isnan() | total.isinf()):
             raise RuntimeError(
                 f"The total norm of order {float(norm_type)} for gradients from `parameters` is "
                 "non-finite, so it cannot be clipped. To disable this error and scale the "
                 "gradients by the non-finite norm anyway, set `error_if_nonfinite=False`"
             )
-        _scale(parameters, float(max_norm), total)
+        _scale(parameters, float(max_norm), total, foreach)
     return total
+
+
+def clip_grad_value_(
+    parameters: Tensor | Iterable[Tensor],
+    clip_value: float,
+    foreach: bool | None = None,
+) -> None:
+    """Clamp the elements of gradients to ``[-clip_value, clip_value]``, in place.
+
+    As :func:`torch.nn.utils.clip_grad_value_`, to which it hands strided gradients, and with
+    ``torch.sparse_coo`` gradients too. Of these the *sum* of a row's entries is clamped, which is
+    what the gradient made dense has there; nothing is made dense or coalesced, and no device is
+    waited for. A row whose sum is within the limits keeps its entries as they are. Of another, the
+    first entry becomes the clamped sum and the others become zero: indices, their order and the set
+    of touched rows stay.
+
+    Args:
+        parameters: one tensor or an iterable of tensors, of any shapes, dtypes and devices. Those
+            without a gradient do not count. Sparse gradients: any ``sparse_dim``, values
+            ``[nnz, ...]``, coalesced or not.
+        clip_value: the largest absolute value that is let through.
+        foreach: as of ``clip_grad_norm_``.
+
+    Raises:
+        ValueError: ``clip_value`` is negative or NaN, and a gradient is sparse: the rows that it
+            does not name could not be zero.
+        IndexError: a sparse gradient on the CPU has a row index out of range. On other devices such
+            entries are left as they are.
+        In either case no gradient was changed.
+
+    Notes:
+        NaN stays NaN. Duplicates are summed in float32, in float64 for float64 gradients, and a
+        clamped sum is stored in the gradient's dtype.
+    """
+    if isinstance(parameters, Tensor):
+        parameters = [parameters]
+    parameters = list(parameters)
+    sparse = {k: g for k, p in enumerate(parameters) if (g := p.grad) is not None and _is_sparse(p)}
+    limit = float(clip_value)
+    if sparse and not limit >= 0:
+        raise ValueError(f"clip_value={clip_value!r}: expected a number >= 0")
+    with torch.no_grad():
+        clamped = [(grad, _clamped(grad, limit, k)) for k, grad in sparse.items() if grad._nnz()]
+        strided = [p for p in parameters if p.grad is not None and not _is_sparse(p)]
+        if strided:  # else torch's may raise
+            _torch_clip_grad_value_(strided, limit, foreach)
+        for grad, values in clamped:
+            if _shares_memory_within(grad._values()):
+                _replace_values(grad, values)
+            else:
+                grad._values().copy_(values)
 
 
 def _is_sparse(p: Tensor) -> bool:
@@ -89,7 +148,7 @@ def _is_sparse(p: Tensor) -> bool:
 # ----------------------------------------------------------------------------------------- norm
 
 
-def _total_norm(parameters: Sequence[Tensor], p: float) -> Tensor:
+def _total_norm(parameters: Sequence[Tensor], p: float, foreach: bool | None) -> Tensor:
     """Return the norm of the norms of all gradients, as torch combines them."""
     dense: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     native: dict[int, Tensor] = {}
@@ -108,7 +167,10 @@ def _total_norm(parameters: Sequence[Tensor], p: float) -> Tensor:
             norms.append(_norm_of_summed_rows(grad, p, position))
     norms += _native_norms(native, p)
     for grads in dense.values():
-        norms.extend(torch._foreach_norm(grads, p))
+        if foreach is False:
+            norms.extend(torch.linalg.vector_norm(grad, p) for grad in grads)
+        else:
+            norms.extend(torch._foreach_norm(grads, p))
     return torch.linalg.vector_norm(torch.stack([norm.to(first) for norm in norms]), p)
 
 
@@ -138,19 +200,33 @@ def _native_norms(grads: dict[int, Tensor], p: float) -> list[Tensor]:
 def _norm_of_summed_rows(grad: Tensor, p: float, position: int) -> Tensor:
     """Return what the native kernel returns, with torch's operations and without a host sync."""
     values = grad._values()
+    sums, run, rows = _summed_rows(grad, position)
+    if grad.numel() == 0:  # torch has the last word on norms of nothing
+        return torch.linalg.vector_norm(values.new_empty(grad.shape), p)
+    if len(values) == 0:
+        return values.new_zeros((), dtype=values[:0].abs().dtype)
+    sums = sums[:-1]
+    norm = torch.linalg.vector_norm(sums, p) if p >= 0 else _least(sums, run, rows, p)
+    return norm.to(values[:0].abs().dtype)
+
+
+def _summed_rows(grad: Tensor, position: int) -> tuple[Tensor, Tensor, int]:
+    """Sum the entries of each row, with torch's operations and without a host sync.
+
+    Every run of equal rows has a number, below nnz. Bad entries, which only other devices than the
+    CPU let pass, have the number nnz.
+
+    Returns:
+        The sums by that number, ``[nnz + 1, ...]``, zero where there is none; the number of each
+        entry, ``[nnz]``; and how many rows the parameter has.
+    """
+    values = grad._values()
     nnz = values.shape[0]
     sizes = grad.shape[: grad.sparse_dim()]
     rows = math.prod(sizes)
     row, bad = _linear_rows(grad, sizes)
     if grad.device.type == "cpu" and bool(bad.any()):
         raise _bad_index(grad, sizes, bad, position)
-    if grad.numel() == 0:  # torch has the last word on norms of nothing
-        return torch.linalg.vector_norm(values.new_empty(grad.shape), p)
-    if nnz == 0:
-        return values.new_zeros((), dtype=values[:0].abs().dtype)
-
-    # Every run of equal rows gets a number; the sums of the runs stand in a buffer by that number.
-    # Bad entries go to one more row of it, and so do not count.
     ordered, order = row.masked_fill(bad, rows).sort(stable=True)
     starts = torch.ones_like(ordered)
     starts[1:] = ordered[1:] != ordered[:-1]
@@ -158,9 +234,7 @@ def _norm_of_summed_rows(grad: Tensor, p: float, position: int) -> Tensor:
     run = torch.empty_like(number).scatter_(0, order, number)
     wide = torch.float32 if grad.dtype in (torch.bfloat16, torch.float16) else grad.dtype
     sums = values.new_zeros((nnz + 1, *values.shape[1:]), dtype=wide)
-    sums = sums.index_add_(0, run, values.to(wide))[:nnz]
-    norm = torch.linalg.vector_norm(sums, p) if p >= 0 else _least(sums, run, rows, p)
-    return norm.to(values[:0].abs().dtype)
+    return sums.index_add_(0, run, values.to(wide)), run, rows
 
 
 def _linear_rows(grad: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -198,16 +272,40 @@ def _least(sums: Tensor, run: Tensor, rows: int, p: float) -> Tensor:
     return torch.linalg.vector_norm(torch.stack([norm, untouched]), p)
 
 
+# --------------------------------------------------------------------------------------- values
+
+
+def _clamped(grad: Tensor, limit: float, position: int) -> Tensor:
+    """Return the values ``[nnz, ...]`` of a gradient whose row sums are clamped."""
+    values = grad._values()
+    sums, run, _ = _summed_rows(grad, position)
+    clamped = sums.clamp(-limit, limit)
+    exceeds = ((clamped != sums) & ~sums.isnan()).reshape(len(sums), -1).any(1)
+    exceeds[-1] = False  # the bad entries'
+    nnz = len(values)
+    entry = torch.arange(nnz, device=values.device)
+    first = torch.full((nnz + 1,), nnz, device=values.device)
+    first = first.scatter_reduce_(0, run, entry, "amin")[run] == entry
+
+    def each(mask: Tensor) -> Tensor:
+        return mask.reshape(-1, *[1] * (values.dim() - 1))
+
+    whole = torch.where(each(first), clamped.to(values.dtype)[run], 0)
+    return torch.where(each(exceeds[run]), whole, values)
+
+
 # ---------------------------------------------------------------------------------------- scale
 
 
-def _scale(parameters: Sequence[Tensor], max_norm: float, total: Tensor) -> None:
+def _scale(
+    parameters: Sequence[Tensor], max_norm: float, total: Tensor, foreach: bool | None
+) -> None:
     factor = torch.clamp(max_norm / (total + 1e-6), max=1.0)
     # Multiplying by 1 changes nothing, but knowing that it is 1 would wait for other devices.
     if total.device.type == "cpu" and bool(factor == 1.0):
         return
     strided = [p for p in parameters if not _is_sparse(p)]
-    torch.nn.utils.clip_grads_with_norm_(strided, max_norm, total)
+    _torch_clip_grads_with_norm_(strided, max_norm, total, foreach)
     values: dict[torch.device, list[Tensor]] = {}
     for p in parameters:
         if p.grad is None or not _is_sparse(p):
@@ -217,7 +315,11 @@ def _scale(parameters: Sequence[Tensor], max_norm: float, total: Tensor) -> None
         else:
             values.setdefault(p.grad.device, []).append(p.grad._values())
     for device, tensors in values.items():
-        torch._foreach_mul_(tensors, factor.to(device))
+        if foreach is False:
+            for tensor in tensors:
+                tensor.mul_(factor.to(device))
+        else:
+            torch._foreach_mul_(tensors, factor.to(device))
 
 
 def _shares_memory_within(t: Tensor) -> bool:

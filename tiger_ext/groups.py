@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from tiger_ext.options import ALGORITHMS, algorithm_of
+from tiger_ext.options import ALGORITHMS, AlgorithmName, algorithm_of
 
 __all__ = ["param_groups"]
 
@@ -20,37 +23,68 @@ _NORMS = (
     nn.RMSNorm,
 )
 
+# Class names with the word "Norm" (LlamaRMSNorm, T5LayerNorm, LayerNorm2d, LayerNormAct), and the
+# usual ones in any spelling (rms_norm, Layernorm, BatchNormalization); not "Normal", "Normalize".
+_NORM_NAME = re.compile(
+    r"Norm(?![a-z])"
+    r"|(?i:(rms|layer|group|batch|instance|channel|scale|response)_?norm(ali[sz]ation)?)(?![a-z])"
+)
+# The `rms_floor` of tensors that are zero: the usual standard deviation of those that are not.
+_INITIAL_SIZE = 0.02
+
 
 def param_groups(
     model: nn.Module,
     lr: float | Tensor = 1e-3,
     weight_decay: float = 0.01,
     *,
-    embedding_algorithm: str | None = None,
+    embedding_algorithm: AlgorithmName | None = None,
     **options: Any,
 ) -> list[dict[str, Any]]:
     """Return the parameter groups of Tiger's published recipe, for ``Tiger`` or ``Lion``.
 
-    ========================  =====================  ============  =====================
-    parameters                ``lr``                 weight decay  ``scale``
-    ========================  =====================  ============  =====================
-    of embeddings             ``lr``                 yes           "rms_rows" (each row)
-    biases; gains and biases  ``lr / 2``             none          None
-    of normalisation layers
-    all others                ``lr``                 yes           "rms" (whole tensor)
-    ========================  =====================  ============  =====================
+    ========================  ========  ============  ===========  ============
+    parameters                ``lr``    weight decay  ``scale``    ``shrink_to``
+    ========================  ========  ============  ===========  ============
+    of embeddings             ``lr``    yes           "rms_rows"
+    biases                    ``lr/2``  none          None         0.0
+    gains of normalisation    ``lr/2``  none          None         1.0
+    layers
+    all others                ``lr``    yes           "rms"
+    ========================  ========  ============  ===========  ============
 
-    With ``scale`` the learning rate is relative to the root mean square of the parameter. Gains of
-    normalisation layers get ``shrink_to=1.0``, for ``nonfinite="shrink"``. Modules are recognised
-    by type: ``nn.Embedding``, ``nn.EmbeddingBag``, torch's normalisation layers, and their
-    subclasses; a bias is what has "bias" in the last component of its name. Each parameter appears
-    once. A weight that an embedding shares with another module, and that of
-    ``tiger_ext.nn.TiedEmbedding``, counts as one of "all others": its gradient is dense. Empty
-    groups are left out; parameters that do not require gradients are left out too.
+    With ``scale`` the learning rate is relative to the root mean square of the parameter, or of
+    each row of an embedding. Groups without parameters are left out, and so are parameters that do
+    not require gradients; each parameter appears once.
+
+    What a parameter is:
+
+    * Of an embedding: its module is an ``nn.Embedding`` or ``nn.EmbeddingBag``, or derives from
+      one. A weight that an embedding shares with another module, and that of
+      ``tiger_ext.nn.TiedEmbedding``, counts as one of "all others": its gradient is dense.
+    * A bias: "bias" is in the last component of its name.
+    * A gain: its module is or derives from one of torch's normalisation layers; or the name of its
+      class, or of one that it derives from, has the word "Norm" in it (``LlamaRMSNorm``,
+      ``T5LayerNorm``, ``FusedRMSNorm``, ``LayerNorm2d``, ``BatchNormalization``; not ``Normal``)
+      and the parameter has no more than one dimension longer than 1.
+
+    Tensors that are zero everywhere have no size that a learning rate could be relative to:
+
+    * Gains counted from 1, as Gemma's (``1 + weight``), start there, and so do gains that switch a
+      branch on in the course of training. They join the biases: 0, not 1, is what
+      ``nonfinite="shrink"`` moves them to. A model that was loaded does not show what its gains
+      are counted from: for such gains set ``shrink_to=0.0`` on their group.
+    * Of the groups with ``scale`` (LoRA's B matrices, last layers initialised to zero) they make
+      groups of their own with ``rms_floor=0.02``, the usual size of the matrices beside them. With
+      the default of 1e-3 they would move by ``lr / 1000`` a step at first.
+
+    Tensors without values of their own (on the meta device, DTensors and other wrapping
+    subclasses) count as not zero.
 
     Args:
         model: the model.
-        lr: relative learning rate; a number or a 0-dim tensor.
+        lr: relative learning rate; a number or a tensor of one element. Each group gets a tensor of
+            its own, so that a scheduler changes each once.
         weight_decay: decoupled weight decay.
         embedding_algorithm: "tiger", "lion" or "adamw" for the embeddings; None: the optimizer's
             own. "adamw" takes its own default ``lr`` and ``weight_decay``, because a relative
@@ -77,20 +111,30 @@ def param_groups(
 
     kinds: dict[str, dict[str, Any]] = {
         "embeddings": dict(lr=lr, weight_decay=weight_decay, scale="rms_rows"),
+        "zero embeddings": dict(
+            lr=lr, weight_decay=weight_decay, scale="rms_rows", rms_floor=_INITIAL_SIZE
+        ),
         "others": dict(lr=lr, weight_decay=weight_decay, scale="rms"),
-        "biases": dict(lr=0.5 * lr, weight_decay=0.0, scale=None),
+        "zero others": dict(lr=lr, weight_decay=weight_decay, scale="rms", rms_floor=_INITIAL_SIZE),
+        "biases": dict(lr=0.5 * lr, weight_decay=0.0, scale=None, shrink_to=0.0),
         "gains": dict(lr=0.5 * lr, weight_decay=0.0, scale=None, shrink_to=1.0),
     }
     if embedding_algorithm is not None:
-        kinds["embeddings"]["algorithm"] = embedding_algorithm
+        for kind in ("embeddings", "zero embeddings"):
+            kinds[kind]["algorithm"] = embedding_algorithm
         if embedding_algorithm == "adamw":
             kinds["embeddings"] = {"algorithm": "adamw"}
+            del kinds["zero embeddings"]
     groups = {kind: dict(hyper, params=[], param_names=[]) for kind, hyper in kinds.items()}
     for p, places in users.items():
         if p.requires_grad:
-            group = groups[_kind(places)]
-            group["params"].append(p)
-            group["param_names"].append(places[0][1])
+            kind = _kind(p, places)
+            if kind == "gains" and _is_zero(p):
+                kind = "biases"
+            elif f"zero {kind}" in groups and _is_zero(p):
+                kind = f"zero {kind}"
+            groups[kind]["params"].append(p)
+            groups[kind]["param_names"].append(places[0][1])
     for group in groups.values():
         own = ALGORITHMS[group["algorithm"]] if "algorithm" in group else None
         for name, value in options.items():
@@ -98,11 +142,13 @@ def param_groups(
             if own is not None and name == "betas":
                 fits = len(value) == own.beta_count
             if fits:
-                group[name] = value
+                group[name] = copy.deepcopy(value)
+        if isinstance(group.get("lr"), Tensor):
+            group["lr"] = group["lr"].detach().clone()
     return [group for group in groups.values() if group["params"]]
 
 
-def _kind(places: list[tuple[nn.Module, str, str]]) -> str:
+def _kind(p: Tensor, places: list[tuple[nn.Module, str, str]]) -> str:
     modules = [module for module, _, _ in places]
     if all(isinstance(module, _EMBEDDINGS) for module in modules):
         return "embeddings"
@@ -110,4 +156,22 @@ def _kind(places: list[tuple[nn.Module, str, str]]) -> str:
         return "biases"
     if any(isinstance(module, _NORMS) for module in modules):
         return "gains"
+    if any(map(_is_called_norm, modules)) and sum(n > 1 for n in p.shape) <= 1:
+        return "gains"
     return "others"
+
+
+def _is_called_norm(module: nn.Module) -> bool:
+    return any(_NORM_NAME.search(cls.__name__) for cls in type(module).__mro__)
+
+
+def _is_zero(p: Tensor) -> bool:
+    """Return whether all elements are zero; False where there are none to look at."""
+    if p.is_meta or type(p).__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl:
+        return False
+    if nn.parameter.is_lazy(p) or p.numel() == 0:
+        return False
+    rows = p.detach() if p.dim() else p.detach().reshape(1)
+    if bool(rows[0].any()):  # as good as always of those that are not zero
+        return False
+    return not any(bool(rows[k : k + 4096].any()) for k in range(0, len(rows), 4096))

@@ -79,14 +79,19 @@ def health_report(optimizer: torch.optim.Optimizer) -> HealthReport:
             f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
         )
     tables = []
+    clocks = None
+    if isinstance(optimizer, MixedOptimizer):
+        clocks = optimizer._clocks.of(optimizer.param_groups)
     for g, group in enumerate(optimizer.param_groups):
+        if clocks is not None:
+            group = {**group, "history": clocks[g].history}
         names = group.get("param_names") or [f"group{g}.{i}" for i in range(len(group["params"]))]
         for name, p in zip(names, group["params"], strict=True):
             sparse_dim = p.grad.sparse_dim() if p.grad is not None and p.grad.is_sparse else 0
             tables.append(Table(name, p, optimizer.state.get(p, {}), group, sparse_dim))
     report = report_on(tables)
     nameless = not any(group.get("param_names") for group in optimizer.param_groups)
-    if tables and nameless and not report.tables and not isinstance(optimizer, MixedOptimizer):
+    if tables and nameless and not report.tables and clocks is None:
         raise ValueError(
             f"no table is known among the {len(tables)} parameters of this "
             f"{type(optimizer).__module__}.{type(optimizer).__qualname__}, which is no optimizer "
@@ -154,7 +159,7 @@ def report_on(tables: Iterable[Table]) -> HealthReport:
 def _steps(group: Mapping[str, Any], otherwise: int) -> int:
     """Return how many steps a group has taken: it is known if it is in a lazy mode."""
     history = group.get("history")
-    return otherwise if history is None else History.of(history).steps
+    return History.of(history).steps if history else otherwise
 
 
 def _last_touch(table: Table) -> int:

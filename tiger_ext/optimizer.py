@@ -22,7 +22,8 @@ from tiger_ext import _native, lazy
 from tiger_ext.clocks import Clocks, without_placeholders
 from tiger_ext.group_step import GroupStep, is_capturing
 from tiger_ext.loading import Loaded, fill_in
-from tiger_ext.options import ALGORITHMS, algorithm_of, check_option, complete_group
+from tiger_ext.options import ALGORITHMS, algorithm_of, complete_group, plain_option
+from tiger_ext.parameters import check_memory, check_tensors
 from tiger_ext.state import StateChanges, check_shapes
 from tiger_ext.step import Step
 from tiger_ext.tracking import TrackedTables, UsedRows
@@ -43,13 +44,18 @@ class MixedOptimizer(torch.optim.Optimizer):
     """
 
     _algorithm: ClassVar[str]
+    # Within the constructor the memory of all groups is checked once, at the end.
+    _constructing = False
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         """Check ``defaults`` and add the parameter groups."""
         algorithm = ALGORITHMS[self._algorithm]
-        for name in algorithm.defaults:
-            check_option(name, defaults[name], algorithm)
-        super().__init__(params, defaults)
+        plain = {name: plain_option(name, defaults[name], algorithm) for name in algorithm.defaults}
+        self._constructing = True
+        super().__init__(params, plain)
+        del self._constructing
+        check_memory(self.param_groups)
+        self._group_steps()  # the groups' clocks start
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, with any of the three algorithms.
@@ -57,11 +63,12 @@ class MixedOptimizer(torch.optim.Optimizer):
         Args:
             param_group: ``params`` and any options of the group's ``algorithm``. An omitted option
                 takes this optimizer's value if the group uses this optimizer's algorithm, else the
-                algorithm's own default.
+                algorithm's own default. Other keys ("name", "lr_scale") are kept.
 
         Raises:
-            ValueError: an option has an illegal value, or a parameter is complex.
-            TypeError: a key is unknown or not an option of the group's algorithm.
+            ValueError: an option has an illegal value; a parameter is complex or sparse, is listed
+                twice, or shares memory with another one.
+            TypeError: a key is an option of other algorithms only, or nearly one of this algorithm.
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
@@ -71,19 +78,19 @@ class MixedOptimizer(torch.optim.Optimizer):
             params = group["params"] = [params]
         elif not isinstance(params, set):  # which the base class refuses
             params = group["params"] = list(params)
-        for p in params:
-            tensor = p[1] if isinstance(p, tuple) else p
-            if isinstance(tensor, Tensor) and tensor.is_complex():
-                raise ValueError(f"complex parameters are not supported, got dtype {tensor.dtype}")
+        check_tensors(group, len(self.param_groups))
         if group["fused"] and _native.unavailable:
             raise RuntimeError(f"fused=True, but {_native.unavailable}")
+        if not self._constructing:
+            check_memory([*self.param_groups, group])
         super().add_param_group(group)
         # The base class added the defaults of this optimizer's own algorithm.
         own = algorithm_of(group["algorithm"]).defaults
         for name in self.defaults:
             if name not in own:
                 del group[name]
-        self._group_steps()  # the group's clock starts
+        if not self._constructing:
+            self._group_steps()  # its clock starts
 
     # ------------------------------------------------------------------------------------ step
 

@@ -7,14 +7,23 @@ what is legal. Constructors, ``add_param_group``, state and error messages all r
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from numbers import Real
-from typing import Any
+from numbers import Integral, Real
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+
+AlgorithmName = Literal["tiger", "lion", "adamw"]
+Lazy = Literal["frozen", "decay", "exact"]
+AdamWLazy = Literal["frozen", "decay"]
+Rows = Literal["nonzero", "tracked"]
+Scale = Literal["rms", "rms_rows"]
+Direction = Literal["sign", "clip", "power", "atan"]
+Nonfinite = Literal["propagate", "skip", "shrink", "raise"]
 
 _SHARED: dict[str, Any] = {
     "lazy": "frozen",
@@ -135,8 +144,9 @@ MOMENTS = tuple(dict.fromkeys(m.name for row in ALGORITHMS.values() for m in row
 # What kappa is when `direction_scale` is None.
 DIRECTION_SCALES = {"sign": 1.0, "clip": 1e4, "power": 0.5, "atan": 1e4}
 
-# Keys of a parameter group that are no hyperparameters: torch's own, what LR schedulers write, the
-# target of nonfinite="shrink", the clock of accumulation windows, and the history of lazy modes.
+# Keys of a parameter group that are no options of an algorithm but known: torch's own, what LR
+# schedulers write, the target of nonfinite="shrink", the clock of accumulation windows, and the
+# history of lazy modes.
 _OTHER_KEYS = frozenset(
     {
         "params",
@@ -167,8 +177,10 @@ def _finite_at_least_zero(value: Any) -> bool:
 def _learning_rate(value: Any) -> bool:
     if isinstance(value, Tensor):
         # A value on another device is not read: that would synchronise.
-        return value.dim() == 0 and (
-            value.device.type != "cpu" or _finite_at_least_zero(value.item())
+        return (
+            value.dim() <= 1
+            and value.numel() == 1
+            and (value.device.type != "cpu" or _finite_at_least_zero(value.item()))
         )
     return _finite_at_least_zero(value)
 
@@ -181,13 +193,34 @@ def _beta(value: Any) -> bool:
     return _number(value) and 0.0 <= value < 1.0
 
 
-def _one_of(*values: str | None) -> Callable[[Any], bool]:
+def _numbers(value: Any) -> list[Any]:
+    """Return the elements of any sequence, array or tensor; none of what is not one."""
+    if isinstance(value, (str, bytes, Mapping)) or not hasattr(value, "__getitem__"):
+        return []
+    if getattr(value, "ndim", 1) != 1:
+        return []
+    try:
+        elements = list(value)
+        return [e.item() if isinstance(e, Tensor) else e for e in elements]
+    except (TypeError, RuntimeError):  # types and functions, or tensors without values
+        return []
+
+
+def _without_numpy(value: Any) -> Any:
+    """Return what a scalar or 0-dim array of numpy holds; anything else as it is."""
+    if getattr(value, "ndim", None) == 0 and not isinstance(value, Tensor):
+        return value.item()
+    return value
+
+
+def _one_of(names: Any, *more: None) -> Callable[[Any], bool]:
+    values = get_args(names) + more
     return lambda v: (v is None or isinstance(v, str)) and v in values
 
 
 # name -> (is it legal?, what is legal)
 _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "lr": (_learning_rate, "a finite number >= 0 or a 0-dim tensor holding one"),
+    "lr": (_learning_rate, "a finite number >= 0 or a tensor of one, 0-dim or [1]"),
     "weight_decay": (_finite_at_least_zero, "a finite number >= 0"),
     "eps": (_finite_at_least_zero, "a finite number >= 0"),
     "rms_floor": (_finite_at_least_zero, "a finite number >= 0"),
@@ -200,19 +233,16 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "maximize": (_flag, "True or False"),
     "capturable": (_flag, "True or False"),
     "fused": (lambda v: v is None or _flag(v), "None, True or False"),
-    "rows": (_one_of(None, "nonzero", "tracked"), "None, 'nonzero' or 'tracked'"),
-    "lazy": (_one_of("frozen", "decay", "exact"), "one of 'frozen', 'decay', 'exact'"),
-    "scale": (_one_of(None, "rms", "rms_rows"), "None, 'rms' or 'rms_rows'"),
-    "direction": (
-        _one_of("sign", "clip", "power", "atan"),
-        "one of 'sign', 'clip', 'power', 'atan'",
-    ),
+    "rows": (_one_of(Rows, None), "None, 'nonzero' or 'tracked'"),
+    "lazy": (_one_of(Lazy), "one of 'frozen', 'decay', 'exact'"),
+    "scale": (_one_of(Scale, None), "None, 'rms' or 'rms_rows'"),
+    "direction": (_one_of(Direction), "one of 'sign', 'clip', 'power', 'atan'"),
     "nonfinite": (
-        _one_of("propagate", "skip", "shrink", "raise"),
+        _one_of(Nonfinite),
         "one of 'propagate', 'skip', 'shrink', 'raise'",
     ),
     "accumulation_steps": (
-        lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 1,
+        lambda v: isinstance(v, Integral) and not isinstance(v, bool) and int(v) >= 1,
         "an integer >= 1",
     ),
     "direction_scale": (
@@ -237,9 +267,8 @@ def check_option(name: str, value: Any, algorithm: Algorithm) -> None:
     """Raise ValueError unless ``value`` is legal for the option ``name`` of ``algorithm``."""
     if name == "betas":
         count = algorithm.beta_count
-        if not (
-            isinstance(value, (tuple, list)) and len(value) == count and all(map(_beta, value))
-        ):
+        betas = _numbers(value)
+        if len(betas) != count or not all(map(_beta, betas)):
             numbers = "1 number" if count == 1 else f"{count} numbers"
             raise ValueError(
                 f"betas={value!r}: {algorithm.name} expects a tuple of {numbers} in [0, 1)"
@@ -257,8 +286,28 @@ def check_option(name: str, value: Any, algorithm: Algorithm) -> None:
                 raise ValueError(f"{name}={value!r}: expected {only!r}")
             return
     legal, expected = _CHECKS[name]
-    if not legal(value):
+    if not legal(_without_numpy(value)):
         raise ValueError(f"{name}={value!r}: expected {expected}")
+
+
+def plain_option(name: str, value: Any, algorithm: Algorithm) -> Any:
+    """Return a legal value as a group keeps it, of types that any state dict may hold.
+
+    ``betas`` become a tuple of floats, scalars of other libraries Python's numbers; a tensor ``lr``
+    stays the tensor that it is.
+
+    Raises:
+        ValueError: the value is not legal for the option ``name`` of ``algorithm``.
+    """
+    check_option(name, value, algorithm)
+    if name == "betas":
+        return tuple(map(float, _numbers(value)))
+    value = _without_numpy(value)
+    if isinstance(value, str):
+        return str.__str__(value)
+    if _number(value) and type(value) not in (int, float):
+        return int(value) if isinstance(value, Integral) else float(value)
+    return value
 
 
 def check_lazy(group: Mapping[str, Any]) -> None:
@@ -321,27 +370,41 @@ def complete_group(
     An omitted option takes the optimizer's own value where the group uses the optimizer's
     algorithm, else the group algorithm's default.
 
+    Other keys are kept, as torch keeps them: schedulers and trainers write "name", "lr_scale" and
+    the like.
+
     Raises:
         ValueError: an option has an illegal value.
-        TypeError: a key is unknown, or belongs to other algorithms only.
+        TypeError: a key belongs to other algorithms only, or is nearly an option's name.
     """
     algorithm = algorithm_of(group.get("algorithm", default))
     for key in group:
-        if key in algorithm.defaults or key in _OTHER_KEYS:
-            continue
-        owners = [a.name for a in ALGORITHMS.values() if key in a.defaults]
-        if owners:
-            raise TypeError(
-                f"{algorithm.name} has no option {key!r} (only {', '.join(owners)} has it)"
-            )
-        raise TypeError(f"unknown key {key!r} in a parameter group of {algorithm.name}")
+        if key not in algorithm.defaults and key not in _OTHER_KEYS:
+            _check_unknown(key, algorithm)
     defaults = class_defaults if algorithm.name == default else algorithm.defaults
     complete = dict(group)
     complete["algorithm"] = algorithm.name
     for name, value in algorithm.defaults.items():
-        complete.setdefault(name, defaults.get(name, value))
-        check_option(name, complete[name], algorithm)
+        complete[name] = plain_option(
+            name, complete.get(name, defaults.get(name, value)), algorithm
+        )
     check_lazy(complete)
     if "shrink_to" in complete:
-        check_option("shrink_to", complete["shrink_to"], algorithm)
+        complete["shrink_to"] = plain_option("shrink_to", complete["shrink_to"], algorithm)
     return complete
+
+
+def _check_unknown(key: Any, algorithm: Algorithm) -> None:
+    """Raise TypeError where a key that is no option was probably meant as one."""
+    owners = [a.name for a in ALGORITHMS.values() if key in a.defaults]
+    if owners:
+        raise TypeError(f"{algorithm.name} has no option {key!r} (only {', '.join(owners)} has it)")
+    options = ["params", "algorithm", "shrink_to", *algorithm.defaults]
+    options += [name for a in ALGORITHMS.values() for name in a.defaults]
+    near = difflib.get_close_matches(key, options, 1, 0.8) if isinstance(key, str) else []
+    # Trainers write "weight_decay_mult" beside "weight_decay".
+    if near and f"_{near[0]}_" not in f"_{key}_":
+        raise TypeError(
+            f"unknown key {key!r} in a parameter group of {algorithm.name}: did you mean "
+            f"{near[0]!r}?"
+        )

@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from tiger_ext.optimizer import MixedOptimizer
+from tiger_ext.options import Direction, Lazy, Nonfinite, Rows, Scale
 
 __all__ = ["Tiger"]
 
@@ -24,8 +27,8 @@ class Tiger(MixedOptimizer):
 
     Args:
         params: parameters, named parameters, or parameter groups; floating point, any shape.
-        lr: learning rate :math:`\eta`, a number or a 0-dim tensor.
-        betas: ``(beta,)``, the momentum's decay rate.
+        lr: learning rate :math:`\eta`, a number or a tensor of one element, 0-dim or [1].
+        betas: ``(beta,)``, the momentum's decay rate; any sequence.
         weight_decay: :math:`\lambda`, decoupled: a parameter shrinks by ``lr * weight_decay``.
         lazy: what becomes of the steps that did not touch a row once it is touched again. "frozen":
             nothing, it goes on from where it was. "decay": its momentum and its value first decay
@@ -71,7 +74,8 @@ class Tiger(MixedOptimizer):
 
     Raises:
         ValueError: an option has an illegal value (the message names argument, value, legal range).
-        TypeError: a parameter group has an unknown key or another algorithm's option.
+        TypeError: a parameter group has another algorithm's option, or a key that is nearly an
+            option's name.
 
     Source: Su 2023, "Tiger: a tiny optimizer", kexue.fm/archives/9512.
     """
@@ -82,17 +86,17 @@ class Tiger(MixedOptimizer):
         self,
         params: ParamsT,
         lr: float | Tensor = 1e-3,
-        betas: tuple[float] = (0.965,),
+        betas: Sequence[float] | Tensor = (0.965,),
         weight_decay: float = 0.01,
         *,
-        lazy: str = "frozen",
-        rows: str | None = None,
-        scale: str | None = None,
+        lazy: Lazy = "frozen",
+        rows: Rows | None = None,
+        scale: Scale | None = None,
         rms_floor: float = 1e-3,
-        direction: str = "sign",
+        direction: Direction = "sign",
         direction_scale: float | None = None,
         accumulation_steps: int = 1,
-        nonfinite: str = "propagate",
+        nonfinite: Nonfinite = "propagate",
         shrink_ratio: float = 0.99,
         momentum_dtype: torch.dtype | None = None,
         stochastic_rounding: bool = False,

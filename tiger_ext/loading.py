@@ -119,7 +119,7 @@ def _checked_group(index: int, saved: Mapping[str, Any], own: Mapping[str, Any])
         owners = [a.name for a in ALGORITHMS.values() if key in a.defaults]
         if owners and key not in algorithm.defaults:
             _refuse(where, key, value, f"no such option of {name}: it is one of {owners}")
-        if key in _OTHER_RULES and not isinstance(value, Tensor):
+        if key in _OTHER_RULES and not isinstance(value, Tensor) and own.get(key) != value:
             undecayed = key == "decoupled_weight_decay" and not saved.get("weight_decay")
             if bool(value) != _OTHER_RULES[key] and not undecayed:
                 _refuse(where, key, value, f"{_OTHER_RULES[key]}: another rule is not {name}'s")

@@ -6,10 +6,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tiger_ext import _native
+from tiger_ext.capture import is_capturing
 from tiger_ext.history import History
 from tiger_ext.options import Moment, algorithm_of, direction_scale, moments_of
 
@@ -105,8 +105,3 @@ class GroupStep:
 def is_row_lazy(p: Tensor, options: Mapping[str, Any]) -> bool:
     """Return whether a strided gradient of ``p`` updates only the rows it touches."""
     return options["rows"] is not None and p.dim() >= 2
-
-
-def is_capturing() -> bool:
-    """Return whether a CUDA graph is being captured on the current stream."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from tiger_ext import _native
-from tiger_ext.group_step import GroupStep, is_capturing, is_row_lazy
+from tiger_ext.capture import check_capture, check_reference, is_capturing
+from tiger_ext.group_step import GroupStep, is_row_lazy
 from tiger_ext.lazy import (
     advance_histories,
     catch_up,
@@ -97,11 +98,8 @@ class Step:
 
     def take(self) -> None:
         """Take it; see ``MixedOptimizer.step`` for what it raises."""
-        if is_capturing() and not all(group["capturable"] for group in self._options):
-            raise RuntimeError(
-                f"{self._what} is being captured in a CUDA graph, but not every parameter group "
-                "has capturable=True"
-            )
+        if is_capturing():
+            check_capture(self._what, self._options, (self._grad_scale, self._found_inf))
         if self._found_inf is not None and self._host_reads_found_inf():
             if float(self._found_inf) != 0.0:
                 return
@@ -202,6 +200,13 @@ class Step:
                     f"{self._label(group.index, position)}: rows='tracked', but no module of the "
                     "parameter is tracked; call optimizer.track(module)"
                 )
+            if is_capturing() and not used.recorded_anew(p.device):
+                raise RuntimeError(
+                    f"{self._label(group.index, position)}: rows='tracked', but the CUDA graph "
+                    "that is being captured does not have all forward passes since the last step, "
+                    "with ids on the parameter's device, so that its replays would not know the "
+                    "rows: capture them and the step together, or use rows='nonzero'"
+                )
             masks[p] = used.mask(p.device)
         return masks
 
@@ -251,6 +256,9 @@ class Step:
             p = group.params[position]
             if p.grad is None if adds else "window" not in states.get(p, {}):
                 continue
+            if is_capturing():
+                label, amp = self._label(group.index, position), (self._grad_scale, self._found_inf)
+                check_reference(label, p, group.options, amp)
             mask = rows.get(p) if adds else None
             update = ReferenceUpdate(p, p.grad if adds else None, group, mask, {})
             with self._labelled(group, position):

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tiger_ext.capture import is_capturing
+
 __all__ = ["TrackingHandle"]
 
 
@@ -29,6 +31,7 @@ class UsedRows:
         self.current = False
         self.modules = 0
         self._ids: list[Tensor] = []
+        self._captured = True  # all of them, in a CUDA graph
 
     def record(self, ids: Tensor) -> None:
         """Add ids of any shape and integer dtype; duplicates are fine.
@@ -46,6 +49,7 @@ class UsedRows:
                     )
         # A copy: the caller may fill its batch anew before the step.
         self._ids.append(ids.detach().reshape(-1).to(torch.int64, copy=True))
+        self._captured = self._captured and is_capturing()
 
     def mask(self, device: torch.device) -> Tensor:
         """Return a uint8 mask ``[rows]``, 1 where a row was used."""
@@ -55,9 +59,14 @@ class UsedRows:
             mask.index_fill_(0, ids.to(device).clamp(-1, self.rows) + 1, 1)
         return mask[1 : self.rows + 1]
 
+    def recorded_anew(self, device: torch.device) -> bool:
+        """Return whether replays of the graph that is being captured record the ids anew."""
+        return bool(self._ids) and self._captured and all(i.device == device for i in self._ids)
+
     def clear(self) -> None:
         """Forget what was recorded."""
         self._ids.clear()
+        self._captured = True
 
 
 class _Hook:

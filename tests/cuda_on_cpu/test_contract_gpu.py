@@ -117,6 +117,25 @@ def test_the_first_step_does_not_synchronize(rule):
         torch.cuda.set_sync_debug_mode("default")
 
 
+def test_a_scale_in_pinned_memory_is_read_in_the_step():
+    first, second = (Parameter(torch.ones(5000, device=DEVICE)) for _ in range(2))
+    grad = torch.randn(5000, device=DEVICE)
+    scale = torch.tensor(2.0).pin_memory()
+    opts = [RULES[0]([p]) for p in (first, second)]
+    for p, opt in zip((first, second), opts):
+        p.grad = grad.clone()
+        opt.grad_scale = torch.tensor(2.0, device=DEVICE)
+        opt.step()
+    torch.cuda.synchronize()
+    opts[0].grad_scale = scale
+    torch.cuda._sleep(LONG)
+    for opt in opts:
+        opt.step()
+    scale.fill_(1000.0)  # as GradScaler.update might, long before the kernels run
+    torch.cuda.synchronize()
+    assert same_bits(opts[0].state[first]["exp_avg"], opts[1].state[second]["exp_avg"])
+
+
 # ----------------------------------------------------------------------------------------- graphs
 
 

@@ -115,6 +115,11 @@ cuda-on-cpu: $(VENV)/.ready
 	  -Itests/cuda_on_cpu/include tests/cuda_on_cpu/emulator.cpp tests/cuda_on_cpu/selftest.cpp \
 	  -o build/cuda-on-cpu/selftest
 	build/cuda-on-cpu/selftest
+	g++ -std=c++20 -O1 -g1 -Wall -Wextra -fsanitize=address,undefined -fno-sanitize-recover=all \
+	  -Itests/cuda_on_cpu/include -Icsrc tests/cuda_on_cpu/emulator.cpp \
+	  csrc/cuda/fault_memory.cpp csrc/step/faults.cpp tests/cuda_on_cpu/faults_test.cpp \
+	  -o build/cuda-on-cpu/faults_test
+	build/cuda-on-cpu/faults_test
 	TIGER_EXT_SANITIZE=address,undefined $(BIN)/python tests/cuda_on_cpu/setup.py -q build \
 	  --build-lib build/cuda-on-cpu/lib --build-temp build/cuda-on-cpu/temp
 	$(EMULATE) $(CURDIR)/tests/cuda_on_cpu $(EMULATED:%=$(CURDIR)/tests/%.py)

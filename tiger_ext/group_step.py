@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tiger_ext import _native
+from tiger_ext.capture import is_capturing
 from tiger_ext.clocks import PLACEHOLDERS, GroupClock
 from tiger_ext.history import History
 from tiger_ext.options import Moment, algorithm_of, direction_scale, moments_of
@@ -132,8 +132,3 @@ def parameter_name(group: Mapping[str, Any], index: int, position: int) -> str:
 def is_row_lazy(p: Tensor, group: GroupStep) -> bool:
     """Return whether a strided gradient of ``p`` updates only the rows it touches."""
     return group.options["rows"] is not None and p.dim() >= 2 and p not in group.whole
-
-
-def is_capturing() -> bool:
-    """Return whether a CUDA graph is being captured on the current stream."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

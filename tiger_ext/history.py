@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from tiger_ext import _native
+from tiger_ext.capture import is_capturing
 
 __all__ = ["MAX_STEPS", "History", "Missed"]
 
@@ -251,6 +252,11 @@ class History:
     def _ask(self) -> None:
         """Learn from a GPU what the host has missed."""
         if self._behind or self.replayed:
+            if is_capturing():
+                raise RuntimeError(
+                    "the history of a lazy mode, which is on the GPU, cannot be read while a CUDA "
+                    "graph is being captured: state_dict() and copies come before or after"
+                )
             self._steps, self._settings = self._native.read()
             self._behind, self._uncounted = False, 0
 

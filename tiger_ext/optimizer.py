@@ -108,8 +108,9 @@ class MixedOptimizer(torch.optim.Optimizer):
             FloatingPointError: a gradient has a NaN or Inf and its group ``nonfinite="raise"``.
             ValueError: a group's options have been changed to what its lazy mode does not allow.
             RuntimeError: a gradient's device, shape, dtype or layout does not fit; ``fused=True``
-                and there is no native kernel; or ``rows="tracked"`` and no module of an embedding's
-                parameter is tracked. In every case nothing was written.
+                and there is no native kernel; ``rows="tracked"`` and no module of an embedding's
+                parameter is tracked; or a CUDA graph is being captured whose replays could not do
+                what the step does (docs/cuda.md). In every case nothing was written.
         """
         loss = None
         try:
@@ -301,8 +302,13 @@ class MixedOptimizer(torch.optim.Optimizer):
             IndexError: a GPU has found a bad row index in an earlier gradient.
             ValueError: a GPU has found ``lr * weight_decay >= 1`` in an earlier step.
             RuntimeError: replays of a captured graph changed the learning rate more often than
-                there was room for.
+                there was room for; or a CUDA graph is being captured.
         """
+        if is_capturing():
+            raise RuntimeError(
+                f"{type(self).__name__}.flush is being captured in a CUDA graph, but the history "
+                "that it begins anew is also on the host: call it before or after"
+            )
         if _native.C is not None:
             try:
                 _native.C.Step(self._faults(), None, None)

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from tiger_ext import _native
+from tiger_ext.capture import check_capture, check_reference, is_capturing
 from tiger_ext.clocks import GroupClock
 from tiger_ext.finish import finish
-from tiger_ext.group_step import GroupStep, is_capturing, is_row_lazy
+from tiger_ext.group_step import GroupStep, is_row_lazy
 from tiger_ext.lazy import (
     catch_up,
     is_rewritten,
@@ -116,11 +117,8 @@ class Step:
 
     def take(self) -> None:
         """Take it; see ``MixedOptimizer.step`` for what it raises."""
-        if is_capturing() and not all(group["capturable"] for group in self._options):
-            raise RuntimeError(
-                f"{self._what} is being captured in a CUDA graph, but not every parameter group "
-                "has capturable=True"
-            )
+        if is_capturing():
+            check_capture(self._what, self._options, (self._grad_scale, self._found_inf))
         if self._found_inf is not None and self._host_reads_found_inf():
             if float(self._found_inf) != 0.0:
                 self._forget_ids()
@@ -131,6 +129,8 @@ class Step:
 
     def close_windows(self) -> None:
         """Close the open accumulation windows without another gradient."""
+        if is_capturing():
+            check_capture(self._what, self._options, (None, None))
         groups = self._begin()
         for group in groups:
             group.closes = group.in_window
@@ -348,6 +348,9 @@ class Step:
                 continue
             if not adds and "window" not in states.get(p, {}):
                 continue
+            if is_capturing():
+                label, amp = self._label(group.index, position), (self._grad_scale, self._found_inf)
+                check_reference(label, p, group.options, amp)
             mask = rows.get(p) if adds else None
             update = ReferenceUpdate(p, p.grad if adds else None, group, position, mask, {})
             with self._labelled(group, position):

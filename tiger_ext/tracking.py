@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tiger_ext.capture import is_capturing
+
 __all__ = ["EMBEDDINGS", "TrackedTables", "UsedRows"]
 
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
@@ -69,6 +71,11 @@ class UsedRows:
                         f"for {self.rows} rows"
                     )
         mask = self._on(self.table.device)
+        if ids.device != mask.device and is_capturing():
+            raise RuntimeError(
+                f"{self.name}: a CUDA graph is being captured, and every replay would look up the "
+                f"same ids: they are on {ids.device}, the table on {mask.device}"
+            )
         places = ids.reshape(-1).to(mask.device, torch.int64)
         if ids.device.type != "cpu":
             places = places.clamp(-1, self.rows)
@@ -86,6 +93,12 @@ class UsedRows:
             self._mask.zero_()
 
     def _on(self, device: torch.device) -> Tensor:
+        if (self._mask is None or self._mask.device != device) and is_capturing():
+            raise RuntimeError(
+                f"{self.name}: rows='tracked', but the CUDA graph that is being captured would "
+                "empty the record of used rows in every replay, as there is none yet: call the "
+                "tracked module once, in training mode, before the capture"
+            )
         if self._mask is None:
             self._mask = torch.zeros(self.rows + 2, dtype=torch.uint8, device=device)
         elif self._mask.device != device:

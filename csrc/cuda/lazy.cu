@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cuda/lazy.h"
 
+#include "cuda/faults.cuh"
 #include "cuda/lazy_rows.cuh"
 #include "cuda/row_tables.cuh"
 #include "cuda/rules.cuh"
@@ -16,7 +17,7 @@ struct Advance {
   static constexpr int kSharedBytes = 0, kMinBlocks = 1;
 
   const float* found_inf;
-  RowFault* report;
+  FaultSlot* report;
 
   int64_t blocks(const Item&) const { return 1; }
 
@@ -40,26 +41,18 @@ struct Advance {
     const bool same = clock.count > 0 && clock.stretches[clock.count - 1].same(
                                              lr, item.weight_decay, item.beta1, item.beta2);
     if (!(lr * item.weight_decay < 1.0)) {
-      tell(item, RowFault::kRateTooLarge);
+      tell(item, FaultKind::kRateTooLarge);
     } else if (!same && clock.count == clock.capacity) {
       ++clock.lost;
-      tell(item, RowFault::kHistoryFull);
+      tell(item, FaultKind::kHistoryFull);
     } else if (!same) {
       clock.count = static_cast<int32_t>(append_step(clock.stretches, clock.count, clock.steps, lr,
                                                      item.weight_decay, item.beta1, item.beta2));
     }
   }
 
-  // Unless the host has yet to read another report.
-  __device__ void tell(const Item& item, RowFault::Kind kind) const {
-    volatile RowFault& r = *report;
-    if (r.count != 0) return;
-    r.kind = kind;
-    r.group = item.place.group;
-    r.position = 0;
-    r.rows = item.clock->capacity;
-    __threadfence_system();
-    r.count = 1;  // the host looks at this one
+  __device__ void tell(const Item& item, FaultKind kind) const {
+    report_fault(report, kind, {{item.place.group, 0}, 0, 0, 0, item.clock->capacity}, 1);
   }
 };
 

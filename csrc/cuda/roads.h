@@ -26,7 +26,7 @@ struct DeviceContext {
   cudaStream_t stream = nullptr;
   const float* grad_scale = nullptr;  // in device memory, or null
   const float* found_inf = nullptr;
-  RowFault* faults = nullptr;  // in memory that host and device see
+  FaultSlot* faults = nullptr;  // in memory that host and device see
   // Device memory that lives until the step's kernels have run, aligned to 256 bytes.
   std::function<void*(int64_t bytes)> allocate;
 };

@@ -5,6 +5,7 @@
 // entry as 32-bit rows with 32-bit positions would and knows no limit short of 64 bits.
 #include <cub/device/device_radix_sort.cuh>
 
+#include "cuda/faults.cuh"
 #include "cuda/multi_tensor.cuh"
 #include "cuda/roads.h"
 
@@ -100,7 +101,7 @@ struct ReportFault {
   static constexpr int kSharedBytes = 0, kMinBlocks = 4;
 
   const FaultWord* fault;
-  RowFault* report;
+  FaultSlot* report;
 
   int64_t blocks(const Item&) const { return 1; }
 
@@ -110,16 +111,9 @@ struct ReportFault {
     if (threadIdx.x != 0 || first == ~0ull || entry < 0 || entry >= item.entries) return;
     const int dimension = static_cast<int>(first & ((1u << kDimensionBits) - 1));
     const bool order = dimension == static_cast<int>(kOrder);
-    volatile RowFault& r = *report;
-    r.kind = order ? RowFault::kNotCoalesced : RowFault::kIndexOutOfRange;
-    r.group = item.place.group;
-    r.position = item.place.position;
-    r.entry = entry;
-    r.dimension = order ? 0 : dimension;
-    r.index = item.index(entry, order ? 0 : dimension);
-    r.rows = item.sizes[order ? 0 : dimension];
-    __threadfence_system();
-    r.count = static_cast<int64_t>(fault->count + 1);  // the host looks at this one
+    const int d = order ? 0 : dimension;
+    report_fault(report, order ? FaultKind::kNotCoalesced : FaultKind::kIndexOutOfRange,
+                 {item.place, entry, item.index(entry, d), d, item.sizes[d]}, fault->count + 1);
   }
 };
 

@@ -80,8 +80,8 @@ class OneDevice {
     rules_.prepare(builder_.dense(), builder_.rows(), builder_.direct(), builder_.idle(), context_);
     dense_road_.prepare(builder_.dense(), context_);
     if (!builder_.rows().empty()) {
-      if (!faults.memory) faults.memory = make_fault_memory();
-      context_.faults = faults.memory.get();
+      report_to(faults);
+      const FaultMemoryUse use(context_.faults, context_.stream);
       const SortedEntriesCuda sorted =
           plan_rows_cuda(builder_.rows(), builder_.indices(), builder_.row_places(), context_);
       rows_road_.prepare(builder_.rows(), sorted, context_);
@@ -108,8 +108,7 @@ class OneDevice {
   }
 
   void will_advance(const HistoryStep& step, Faults& faults) {
-    if (!faults.memory) faults.memory = make_fault_memory();
-    context_.faults = faults.memory.get();
+    report_to(faults);
     const double* const lr = step.lr.defined() ? learning_rate(step.lr) : nullptr;
     histories_.push_back(static_cast<HistoryCopyCuda*>(step.copy)->advance(step, lr));
   }
@@ -117,9 +116,18 @@ class OneDevice {
     histories_.push_back({});
     histories_.back().counter = counter.mutable_data_ptr<int64_t>();
   }
-  void advance() const { advance_histories(histories_, context_); }
+  void advance() const {
+    if (histories_.empty()) return;
+    std::optional<FaultMemoryUse> use;
+    if (context_.faults) use.emplace(context_.faults, context_.stream);
+    advance_histories(histories_, context_);
+  }
 
  private:
+  void report_to(Faults& faults) {
+    context_.faults = faults.slot(device_.index(), make_fault_memory);
+  }
+
   // For nonfinite="raise", the one option for which the host waits.
   void check_finite() {
     int32_t* const bad = static_cast<int32_t*>(context_.allocate(sizeof(int32_t)));
@@ -155,11 +163,15 @@ class OneDevice {
     return lr_;
   }
 
-  // A small tensor in this device's memory, copied there if it must be, without waiting.
+  // One element in this device's memory, copied there if it must be, without waiting.
   template <typename T>
   T* pointer(const at::Tensor& t, at::ScalarType type) {
     if (!t.defined()) return nullptr;
-    kept_.push_back(t.to(device_, type, /*non_blocking=*/true));
+    // What is on the host is read now: its memory may change before the device would copy it.
+    kept_.push_back(
+        t.is_cpu() && !device_.is_cpu()
+            ? at::full({1}, t.item<double>(), at::TensorOptions().dtype(type).device(device_))
+            : t.to(device_, type, /*non_blocking=*/true));
     return kept_.back().template mutable_data_ptr<T>();
   }
 

@@ -4,7 +4,7 @@
 #include <c10/util/StringUtil.h>
 
 #include <array>
-#include <atomic>
+#include <optional>
 
 namespace tiger_ext {
 namespace {
@@ -60,29 +60,31 @@ UpdateError bad_index(UpdatePlace place, int64_t entry, int64_t index, int64_t d
 }
 
 void Faults::raise() {
-  if (!memory) return;
-  // The device writes `count` last.
-  volatile int64_t& count = memory->count;
-  if (count == 0) return;
-  std::atomic_thread_fence(std::memory_order_acquire);
-  const RowFault fault = *memory;
-  count = 0;
-  const UpdatePlace place{static_cast<int>(fault.group), static_cast<int>(fault.position)};
-  if (fault.kind == RowFault::kNotCoalesced)
-    throw UpdateError(UpdateError::Kind::kRuntime, place,
-                      c10::str("an earlier gradient was marked as coalesced, but its entry ",
-                               fault.entry, " does not come after the one before it"));
-  if (fault.kind == RowFault::kHistoryFull)
-    throw UpdateError(UpdateError::Kind::kRuntime, place,
-                      c10::str("the lazy mode's history is full: between two calls of flush() a "
-                               "captured graph may change its hyperparameters ",
-                               fault.rows,
-                               " times; later steps counted with the last that were "
-                               "noted"));
-  if (fault.kind == RowFault::kRateTooLarge)
-    throw UpdateError(UpdateError::Kind::kValue, place,
-                      "an earlier step of its group, in a lazy mode, had lr * weight_decay >= 1");
-  throw bad_index(place, fault.entry, fault.index, fault.dimension, fault.rows);
+  const std::optional<Fault> fault = take();
+  if (!fault) return;
+  const auto& [place, entry, index, dimension, rows] = fault->details;
+  using Kind = UpdateError::Kind;
+  switch (fault->kind) {
+    case FaultKind::kNotCoalesced:
+      throw UpdateError(Kind::kRuntime, place,
+                        c10::str("an earlier gradient was marked as coalesced, but its entry ",
+                                 entry, " does not come after the one before it"));
+    case FaultKind::kHistoryFull:
+      throw UpdateError(
+          Kind::kRuntime, place,
+          c10::str("the lazy mode's history is full: between two calls of flush() a "
+                   "captured graph may change its hyperparameters ",
+                   rows, " times; later steps counted with the last that were noted"));
+    case FaultKind::kRateTooLarge:
+      throw UpdateError(Kind::kValue, place,
+                        "an earlier step of its group, in a lazy mode, had lr * weight_decay >= 1");
+    case FaultKind::kIndexOutOfRange:
+      break;
+  }
+  const UpdateError error = bad_index(place, entry, index, dimension, rows);
+  if (fault->entries == 1) throw error;
+  throw UpdateError(Kind::kIndex, place,
+                    c10::str(error.what(), " (one of ", fault->entries, " faulty entries)"));
 }
 
 }  // namespace tiger_ext

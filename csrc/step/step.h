@@ -65,15 +65,6 @@ UpdateError nonfinite_gradient(UpdatePlace place);
 UpdateError bad_index(UpdatePlace place, int64_t entry, int64_t index, int64_t dimension,
                       int64_t rows);
 
-// An optimizer's faults. Made empty; a device that needs the memory provides it.
-class Faults {
- public:
-  std::shared_ptr<RowFault> memory;
-
-  // Throws what a device has reported since the last call.
-  void raise();
-};
-
 // What all parameters of a step share. Undefined tensors stand for "none".
 struct StepContext {
   at::Tensor grad_scale;  // one element: gradients are to be divided by it

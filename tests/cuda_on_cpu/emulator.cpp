@@ -564,6 +564,7 @@ const char* cudaGetErrorName(cudaError_t error) {
   if (error == cudaErrorInvalidValue) return "cudaErrorInvalidValue";
   if (error == cudaErrorMemoryAllocation) return "cudaErrorMemoryAllocation";
   if (error == cudaErrorInvalidConfiguration) return "cudaErrorInvalidConfiguration";
+  if (error == cudaErrorNotReady) return "cudaErrorNotReady";
   return "unrecognized error code";
 }
 
@@ -579,6 +580,36 @@ cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status)
 cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
   thread_local cudaStreamCaptureMode current = cudaStreamCaptureModeGlobal;
   std::swap(current, *mode);
+  return cudaSuccess;
+}
+
+// Events tell of work that has been done, but for that which streams are told to be busy with.
+struct CUevent_st {
+  uint64_t record = 0;
+};
+static bool busy = false;
+static uint64_t records = 0, done = 0;
+static int64_t events = 0;
+
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned /*flags*/) {
+  *event = new CUevent_st;
+  ++events;
+  return cudaSuccess;
+}
+
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t /*stream*/) {
+  event->record = ++records;
+  if (!busy) done = records;
+  return cudaSuccess;
+}
+
+cudaError_t cudaEventQuery(cudaEvent_t event) {
+  return event->record <= done ? cudaSuccess : cuda_on_cpu::last_error = cudaErrorNotReady;
+}
+
+cudaError_t cudaEventDestroy(cudaEvent_t event) {
+  delete event;
+  --events;
   return cudaSuccess;
 }
 
@@ -599,6 +630,16 @@ EXPORT void cuda_on_cpu_seed(uint64_t seed) {
 
 // Streams say that they are being captured, while kernels run as ever.
 EXPORT void cuda_on_cpu_capture(int on) { capturing = on != 0; }
+
+// Streams say that the work they are given from now on has yet to be done, while kernels run as
+// ever.
+EXPORT void cuda_on_cpu_busy(int on) {
+  busy = on != 0;
+  if (!busy) done = records;
+}
+
+// How many there are.
+EXPORT int64_t cuda_on_cpu_events() { return events; }
 
 EXPORT uint64_t cuda_on_cpu_launches() {
   const std::lock_guard lock(cuda_on_cpu::mutex);

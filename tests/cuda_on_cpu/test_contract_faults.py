@@ -3,10 +3,23 @@
 
 import pytest
 import torch
-from both import DEVICE, agree, assert_agree, entries, memory, moved, shifted, synchronize
+from both import (
+    DEVICE,
+    agree,
+    assert_agree,
+    device_step,
+    entries,
+    memory,
+    moved,
+    shifted,
+    synchronize,
+)
 from cases import RULES, every_rule, parameter
 from oracle import same_bits, unchanged
 from torch.nn import Parameter
+
+from tiger_ext import _native
+from tiger_ext.group_step import GroupStep
 
 ROWS, DIM = 30, 5
 LOWEST, HIGHEST = -(2**63), 2**63 - 1
@@ -15,11 +28,11 @@ LOWEST, HIGHEST = -(2**63), 2**63 - 1
 class Trainer:
     """An optimizer of a table, which NaNs surround in memory, and of a bias."""
 
-    def __init__(self, rule, table, *, named=True):
+    def __init__(self, rule, table, *, named=True, **options):
         self.table = Parameter(moved(shifted(table, 7), DEVICE))
         self.bias = Parameter(torch.ones(8, device=DEVICE))
         params = [("table", self.table), ("bias", self.bias)]
-        self.opt = rule(params if named else [p for _, p in params], fused=True)
+        self.opt = rule(params if named else [p for _, p in params], fused=True, **options)
 
     def step(self, grad):
         self.table.grad = None if grad is None else moved(grad, DEVICE)
@@ -234,6 +247,44 @@ def test_another_optimizer_does_not_report(rule):
     first.assert_reported(IndexError, r" 500\b")
     second.step(good)
     first.step(good)
+
+
+@every_rule
+def test_the_first_fault_stays_until_it_is_read(rule):
+    trainer = Trainer(rule, torch.randn(ROWS, DIM))
+    good = entries(trainer.table, [1, 2])
+    trainer.step(good)
+    # Steps that have begun before the other's kernels found anything.
+    steps = [_native.C.Step(trainer.opt._faults(), None, None) for _ in range(2)]
+    trainer.bias.grad = None
+    for step, ids in zip(steps, ([3, 77], [88, 4, 99])):
+        trainer.table.grad = moved(entries(trainer.table, ids), DEVICE)
+        group = GroupStep(0, trainer.opt.param_groups[0])
+        arguments = (group.params, trainer.opt.state, 0, group.rule(True), group.lr, {})
+        assert step.add_group(*arguments, None, None) == ([], [], [])
+        step.prepare()
+    synchronize()
+    trainer.assert_reported(IndexError, r" 77\b.*\b30 rows \(one of 3 faulty entries\)$")
+    trainer.step(good)
+    trainer.step(entries(trainer.table, [5, 77]))
+    trainer.assert_reported(IndexError, r" 77\b.*\b30 rows$")
+
+
+@every_rule
+def test_two_kinds_of_faults_in_one_step_are_both_reported(rule):
+    trainer = Trainer(rule, torch.randn(ROWS, DIM), lazy="decay")
+    good = entries(trainer.table, [1, 2])
+    trainer.step(good)
+    lr, group = trainer.opt.param_groups[0]["lr"], trainer.opt.param_groups[0]
+    group["lr"] = torch.tensor(200.0, device=DEVICE)
+    group["weight_decay"] = 0.01
+    trainer.table.grad = moved(entries(trainer.table, [3, 77]), DEVICE)
+    device_step(trainer.opt)
+    synchronize()
+    group["lr"] = lr
+    trainer.assert_reported(IndexError, r" 77\b")
+    trainer.assert_reported(ValueError, "lr \\* weight_decay")
+    trainer.step(good)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=["int64", "int32"])

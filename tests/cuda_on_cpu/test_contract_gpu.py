@@ -2,7 +2,9 @@
 """What only a real GPU can show: streams, graphs, no waiting for the host, large tables."""
 
 import contextlib
+import copy
 import functools
+import gc
 
 import pytest
 import torch
@@ -20,6 +22,8 @@ from both import (
 from cases import RULES, clock_of, dense_grad, every_rule, parameter, sparse_grad
 from oracle import same_bits, unchanged
 from torch.nn import Parameter
+
+import tiger_ext
 
 pytestmark = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 
@@ -113,6 +117,25 @@ def test_the_first_step_does_not_synchronize(rule):
         torch.cuda.set_sync_debug_mode("default")
 
 
+def test_a_scale_in_pinned_memory_is_read_in_the_step():
+    first, second = (Parameter(torch.ones(5000, device=DEVICE)) for _ in range(2))
+    grad = torch.randn(5000, device=DEVICE)
+    scale = torch.tensor(2.0).pin_memory()
+    opts = [RULES[0]([p]) for p in (first, second)]
+    for p, opt in zip((first, second), opts):
+        p.grad = grad.clone()
+        opt.grad_scale = torch.tensor(2.0, device=DEVICE)
+        opt.step()
+    torch.cuda.synchronize()
+    opts[0].grad_scale = scale
+    torch.cuda._sleep(LONG)
+    for opt in opts:
+        opt.step()
+    scale.fill_(1000.0)  # as GradScaler.update might, long before the kernels run
+    torch.cuda.synchronize()
+    assert same_bits(opts[0].state[first]["exp_avg"], opts[1].state[second]["exp_avg"])
+
+
 # ----------------------------------------------------------------------------------------- graphs
 
 
@@ -185,6 +208,100 @@ def test_a_bad_index_in_a_replayed_step_is_reported():
     assert same_bits(p[2], before[2]) and not same_bits(p[1], before[1])
     with unchanged(opt), pytest.raises(IndexError, match=r"'table'.* 30\b.*\b30 rows"):
         opt.step()
+
+
+REFUSED = {
+    "accumulation": (dict(accumulation_steps=2), "accumulation_steps=2"),
+    "raise": (dict(nonfinite="raise"), "nonfinite='raise'"),
+    "lr on the CPU": (dict(lr=torch.tensor(0.1)), "tensor on the CPU"),
+    "not capturable": (dict(capturable=False), "capturable=True"),
+    "reference": (dict(fused=False, rows="nonzero"), "runs on the reference"),
+    "scaler": (dict(fused=False), "runs on the reference"),
+    "flush": (dict(lazy="decay"), "flush is being captured"),
+    "state_dict": (dict(lazy="decay"), "cannot be read while a CUDA graph"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*CUDA Graph is empty")
+@pytest.mark.parametrize("options,match", REFUSED.values(), ids=REFUSED)
+def test_what_replays_could_not_do_is_refused(options, match, request):
+    table = torch.nn.Embedding(30, 4, device=DEVICE)
+    opt = tiger_ext.Tiger(table.parameters(), **{"capturable": True, **options})
+    opt.track(table)
+    ids = torch.arange(7, device=DEVICE)
+    case = request.node.callspec.id
+    if case == "scaler":
+        opt.grad_scale = torch.ones((), device=DEVICE)
+        opt.found_inf = torch.zeros((), device=DEVICE)
+    if case == "state_dict":  # the GPU alone knows the rates
+        opt.param_groups[0]["lr"] = torch.tensor(0.1, device=DEVICE)
+    act = {"flush": opt.flush, "state_dict": opt.state_dict}.get(case, opt.step)
+
+    def forward_and_backward():
+        opt.zero_grad()
+        table(ids).sum().backward()
+
+    for _ in range(2):
+        forward_and_backward()
+        opt.step()
+    forward_and_backward()
+    graph = torch.cuda.CUDAGraph()
+    with unchanged(opt), torch.cuda.graph(graph), pytest.raises(RuntimeError, match=match):
+        act()
+    opt.step()  # the capture was not spoilt for what follows
+
+
+@pytest.mark.parametrize("rows", ["tracked", "nonzero"])
+def test_replays_find_their_touched_rows(rows):
+    table = torch.nn.Embedding(30, 4, device=DEVICE)
+    copied = copy.deepcopy(table)
+    opt = tiger_ext.Tiger(table.parameters(), rows=rows)
+    other = tiger_ext.Tiger(copied.parameters(), rows=rows, capturable=True)
+    ids, factors = torch.arange(7, device=DEVICE), torch.randn(7, 4, device=DEVICE)
+    for each, o in ((table, opt), (copied, other)):
+        o.track(each)
+    graph = captured(copied, other, ids, factors)
+    train(table, opt, ids, factors)
+    for _ in range(3):
+        ids.add_(5)
+        graph.replay()
+        train(table, opt, ids, factors)
+        assert_agree(copied.weight, table.weight, "after a replay")
+
+
+@every_rule
+def test_a_late_report_does_not_reach_the_next_optimizer(rule):
+    first, second = (Parameter(torch.randn(30, 4, device=DEVICE)) for _ in range(2))
+    opt = rule([("first", first)])
+    good = entries(torch.randn(30, 4), [1, 2]).to(DEVICE)
+    first.grad = second.grad = good
+    opt.step()
+    first.grad = entries(torch.randn(30, 4), [1, 30]).to(DEVICE)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(LONG)
+    opt.step()
+    del opt
+    gc.collect()
+    opt = rule([("second", second)])
+    opt.step()  # which takes a place for reports while the other kernel still waits
+    torch.cuda.synchronize()
+    opt.step()
+    torch.cuda.synchronize()
+    opt.step()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_each_of_two_gpus_reports():
+    params = [Parameter(torch.randn(30, 4, device=f"cuda:{k}")) for k in range(2)]
+    opt = RULES[0]([(f"table{k}", p) for k, p in enumerate(params)])
+    for k, p in enumerate(params):
+        p.grad = entries(torch.randn(30, 4), [1, 40 + k]).to(p.device)
+    opt.step()
+    for k in range(2):
+        torch.cuda.synchronize(k)
+    for k in range(2):
+        with unchanged(opt), pytest.raises(IndexError, match=rf"'table{k}'.* 4{k}\b"):
+            opt.step()
 
 
 LAZY = [(rule, mode) for rule in RULES[:2] for mode in ("decay", "exact")]

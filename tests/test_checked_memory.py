@@ -69,6 +69,17 @@ def test_state_whose_memory_is_elsewhere(name):
     assert same_bits(p, before)
 
 
+def test_a_clock_of_a_whole_tensor_elsewhere():
+    p = parameter(300, 40)
+    opt = Tiger([p], lazy="decay")
+    for _ in range(2):
+        p.grad = torch.ones_like(p)
+        opt.step()
+    opt.state[p]["last_step"] = opt.state[p]["last_step"].to("meta")
+    with pytest.raises(RuntimeError, match="last_step must be"):
+        opt.step()
+
+
 @pytest.mark.parametrize("what", ["param", "exp_avg", "values", "last_step"])
 def test_memory_that_was_given_back(what):
     p = parameter(6, 4)
@@ -79,7 +90,7 @@ def test_memory_that_was_given_back(what):
     storage = tensors[what].untyped_storage()
     kept = storage.clone()
     storage.resize_(0)
-    with pytest.raises(RuntimeError, match="bytes of memory|last_step must be"):
+    with pytest.raises(RuntimeError, match=r"bytes of memory|last_step must be"):
         opt.step()
     storage.resize_(kept.nbytes())
     storage.copy_(kept)
@@ -120,7 +131,7 @@ def test_numbers_of_amp_that_are_not_one(name, numel):
     opt = Tiger([p])
     p.grad = torch.ones(3)
     setattr(opt, name, torch.ones(numel))
-    with pytest.raises((RuntimeError, ValueError), match="one element|elements"):
+    with pytest.raises((RuntimeError, ValueError), match=r"one element|elements"):
         opt.step()
 
 
@@ -156,5 +167,7 @@ def test_long_runs_of_tables_of_several_types():
         for p in opt.param_groups[0]["params"]:
             assert p.tolist() == [[-0.5], [0.0], [0.0]]
             expected = (1 - 0.965) * (39_800 + 2500)
-            torch.testing.assert_close(float(opt.state[p]["exp_avg"][0]), expected, rtol=1e-5, atol=0)
+            torch.testing.assert_close(
+                float(opt.state[p]["exp_avg"][0]), expected, rtol=1e-5, atol=0
+            )
     assert not same_bits(params[0], opt.param_groups[0]["params"][0])

@@ -692,7 +692,7 @@ def test_what_has_no_gradient_moves_no_more_than_under_the_sign(
     for step in range(180):  # the momentum decays into the subnormal numbers and to 0
         grad = torch.randn(1, 33) if step == 0 else torch.zeros(1, 33)
         old, size = p.detach().double(), row_rms(p.detach())
-        for micro in range(steps):
+        for _ in range(steps):
             p.grad = grad.to(dtype)
             opt.step()
         way = p.detach().double() - (1 - 0.01 * 0.5 * size) * old

@@ -212,9 +212,7 @@ def after_two_sparse_dimensions(rows, fused, **options):
     p = Parameter(torch.randn(5, 3, 4))
     opt = Tiger([p], **HYPER, rows=rows, fused=fused, **options)
     for _ in range(options.get("accumulation_steps", 1)):
-        p.grad = torch.sparse_coo_tensor(
-            [[0, 0, 1, 4], [0, 1, 2, 2]], torch.randn(4, 4), p.shape
-        )
+        p.grad = torch.sparse_coo_tensor([[0, 0, 1, 4], [0, 1, 2, 2]], torch.randn(4, 4), p.shape)
         opt.step()
     return p, opt
 

@@ -27,7 +27,8 @@ namespace py = pybind11;
 namespace tiger_ext {
 namespace {
 
-// Gradients, and the values of sparse ones, that autograd keeps symbolic: zeros without memory, and negated views.
+// Gradients, and the values of sparse ones, that autograd keeps symbolic: zeros without memory, and
+// negated views.
 at::Tensor materialized(const at::Tensor& grad) {
   if (grad.layout() != at::kStrided) return grad;
   if (grad._is_zerotensor()) return at::zeros(grad.sizes(), grad.options());
@@ -223,17 +224,16 @@ class Step {
       if (!rule.adds && !complete) continue;
       const bool by_rows = rule.touched != Touched::kAll && u.param.dim() >= 2;
       if (rule.window && complete && rule.adds)
-        complete = sparse    ? u.window.dim() == u.grad.sparse_dim()
+        complete = sparse ? u.window.dim() == u.grad.sparse_dim()
                    : by_rows || (rule.scale == Scale::kRows && u.param.dim() > 0)
                        ? u.window.dim() == 1
                        : true;
       if (lazy && complete && rule.adds) {
         const int64_t dims = u.last_step.dim();
-        complete = sparse ? dims == u.grad.sparse_dim()
-                   : u.window.defined() && u.window.dim() > 0
-                       ? dims == u.window.dim()
-                   : by_rows ? dims == 1
-                             : dims > 0 || u.param.dim() < 2;
+        complete = sparse                                     ? dims == u.grad.sparse_dim()
+                   : u.window.defined() && u.window.dim() > 0 ? dims == u.window.dim()
+                   : by_rows                                  ? dims == 1
+                                                              : dims > 0 || u.param.dim() < 2;
       }
       if (!complete) {
         without_state.append(i);

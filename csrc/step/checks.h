@@ -168,8 +168,9 @@ inline void check_update(const Update& u) {
   const RuleParams& rule = u.rule;
   const bool windowed = rule.window != 0 || !rule.adds;
   if (windowed && (rule.window < 1 || !u.window.defined() || !rule_info(rule.kind).directed))
-    refuse(u, "the accumulation window has number ", rule.window, u.window.defined() ? "" :
-           " and the parameter no state window", ", expected one from 1 on, of Tiger");
+    refuse(u, "the accumulation window has number ", rule.window,
+           u.window.defined() ? "" : " and the parameter no state window",
+           ", expected one from 1 on, of Tiger");
   // What the kernels index by row has a number for each row that they take.
   if (!u.indices.defined() && !goes_by_rows(u)) return;
   int64_t dims = u.indices.defined() ? u.indices.size(0) : row_dims(u);

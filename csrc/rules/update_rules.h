@@ -133,8 +133,11 @@ TIGER_EXT_INLINE T sign(T x) {
   return x == x ? s : x;
 }
 
+// The largest finite number.
 template <typename T>
-constexpr T kLargest = static_cast<T>(sizeof(T) == 8 ? 0x1.fffffffffffffp1023 : 0x1.fffffep127);
+TIGER_EXT_INLINE constexpr T largest() {
+  return static_cast<T>(sizeof(T) == 8 ? 0x1.fffffffffffffp1023 : 0x1.fffffep127);
+}
 
 // c's direction; NaN stays NaN.
 template <Direction kDirection, typename T>
@@ -147,7 +150,7 @@ TIGER_EXT_INLINE T direction_of(T c, T kappa) {
   } else if constexpr (kDirection == Direction::kPower) {
     const T size = std::abs(c), power = std::pow(size, kappa);
     // Of what is finite it stays finite.
-    return sign(c) * (power > kLargest<T> && size <= kLargest<T> ? kLargest<T> : power);
+    return sign(c) * (power > largest<T>() && size <= largest<T>() ? largest<T>() : power);
   } else {
     return static_cast<T>(0.63661977236758134308) * std::atan(kappa * c);
   }
@@ -193,7 +196,7 @@ struct Momentum {
   // all of the parameter.
   TIGER_EXT_INLINE void scale(const Rate& rate) {
     const double relative = static_cast<double>(lr) * rate.size;
-    lr = relative > static_cast<double>(kLargest<T>) ? kLargest<T> : static_cast<T>(relative);
+    lr = relative > static_cast<double>(largest<T>()) ? largest<T>() : static_cast<T>(relative);
     const T share = lr * weight_decay;
     decay = share > T(1) ? T(0) : T(1) - share;
     direction_factor = static_cast<T>(rate.direction);
@@ -418,7 +421,7 @@ struct Facts {
   // a direction is more of rounding errors than of anything else: it fades.
   TIGER_EXT_INLINE Rate rate(const RuleParams& r, int64_t count) const {
     const double n = static_cast<double>(count);
-    const double squares = params > kLargest<double> ? kLargest<double> : params;
+    const double squares = params > largest<double>() ? largest<double>() : params;
     Rate rate{std::sqrt(squares / n), 1.0};
     if (rate.size < r.rms_floor) rate.size = r.rms_floor;
     if (r.direction == Direction::kSign) return rate;

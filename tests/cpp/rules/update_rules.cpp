@@ -146,8 +146,8 @@ void check_looks(T tolerance) {
   clipped.scale({1e30, 1.0});
   CHECK(clipped.decay == T(0));
   clipped.scale({1.7e308, 1.0});
-  CHECK(clipped.lr <= kLargest<T>);
-  CHECK((direction_of<Direction::kPower>(kLargest<T>, T(2)) == kLargest<T>));
+  CHECK(clipped.lr <= largest<T>());
+  CHECK((direction_of<Direction::kPower>(largest<T>(), T(2)) == largest<T>()));
   r.direction = Direction::kSign;
 
   r.scale = Scale::kTensor, r.rms_floor = 0.5;

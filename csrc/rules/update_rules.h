@@ -6,7 +6,7 @@
 // A rule is a small struct of constants in the arithmetic type T (float, or double for float64
 // parameters) with a call operator that advances one parameter element and its state by one step.
 // Every operation is a single IEEE operation (multiply-add contraction is off), so all instruction
-// sets and devices agree bit by bit. What else a rule says of itself:
+// sets and devices agree bit by bit, but for a NaN's sign. What else a rule says of itself:
 //
 //     kStates, kStateNames  its state tensors, as a parameter's state calls them
 //     kCountsSteps          whether the state has a counter `step`

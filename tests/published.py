@@ -197,6 +197,7 @@ def window(
             for x in (c[touched], c[touched] - near, c[touched] + near)
         )
         rate = slow = fast = torch.tensor(o.lr, dtype=torch.float64)
+        kept = 1.0 - o.lr * o.weight_decay
         if o.scale is not None:
             per_row = o.scale == "rms_rows" or lazy
             of_theta = rms(old, per_row).clamp(min=o.rms_floor)
@@ -205,25 +206,22 @@ def window(
             else:
                 of_d, spread = rms(d, per_row), rms(d_high - d_low, per_row)
                 spread = spread.where(of_d > 0, 0.0)
-                of_d = of_d.where(of_d > 0, 1.0)
+                of_d = of_d.clamp(min=2.0**-126)
+            kept = 1.0 - (o.lr * of_theta * o.weight_decay).clamp(max=1.0)
             rate = o.lr * of_theta / of_d
             slow = o.lr * of_theta / (of_d + spread) * (1 - 32 * eps)
             fast = o.lr * of_theta / (of_d - spread) * (1 + 32 * eps)
             unsure = (2 * spread > of_d).expand(old.shape)
             size_of_d = old[0].numel() if per_row else old.numel()
             at_most = (o.lr * of_theta * size_of_d**0.5).expand(old.shape)
-        p[touched] = (1.0 - rate * o.weight_decay) * old - rate * d
-        ends = [
-            (1.0 - r * o.weight_decay) * old - r * x for r in (slow, fast) for x in (d_low, d_high)
-        ]
+        p[touched] = kept * old - rate * d
+        ends = [kept * old - r * x for r in (slow, fast) for x in (d_low, d_high)]
         slack = 8 * eps * (old.abs() + (rate * d).abs())
         lowest, highest = torch.stack(ends).amin(0), torch.stack(ends).amax(0)
         # Where RMS(d) is of rounding errors only: |d| is at most sqrt(number of elements) RMS(d).
-        # With decay the rate itself counts, which then is anything.
         if o.scale is not None:
-            unbounded = o.weight_decay > 0
-            lowest[unsure] = -torch.inf if unbounded else (old - at_most)[unsure]
-            highest[unsure] = torch.inf if unbounded else (old + at_most)[unsure]
+            lowest[unsure] = (kept * old - at_most)[unsure]
+            highest[unsure] = (kept * old + at_most)[unsure]
         low[touched], high[touched] = lowest - slack, highest + slack
     return Outcome(p, m, low, high, error(size), touched | shrunk, touched)
 

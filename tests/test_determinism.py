@@ -83,3 +83,53 @@ assert not opt.state
 """,
         TIGER_EXT_CPU_ISA="sse9",
     )
+
+
+# What torch.set_flush_denormal(True) sets is a mode of the thread that calls it, and of those that
+# it starts later.
+SUBNORMAL = """
+import hashlib, torch, tiger_ext
+torch.manual_seed(0)
+def subnormal(*shape):
+    return torch.randn(*shape) * 2.0**-130
+made = [torch.nn.Parameter(subnormal(300_000)), torch.nn.Parameter(subnormal(3000, 40))]
+made += [torch.nn.Parameter(p.detach().clone()) for p in made]
+grads = [[subnormal(300_000), torch.sparse_coo_tensor(
+    torch.randint(3000, (1, 9000)), subnormal(9000, 40), (3000, 40))] * 2 for _ in range(2)]
+def digest(flush, threads):
+    params = [torch.nn.Parameter(p.detach().clone()) for p in made]
+    options = dict(scale="rms_rows", direction="power", direction_scale=1.0)
+    opt = tiger_ext.Tiger([{"params": params[:2]}, {"params": params[2:], **options}],
+                          rms_floor=0.0)
+    torch.set_flush_denormal(flush)
+    torch.set_num_threads(threads)
+    for gs in grads:
+        for p, g in zip(params, gs):
+            p.grad = g
+        opt.step()
+        p.grad = None
+    torch.set_flush_denormal(False)
+    tensors = params + [opt.state[p]["exp_avg"] for p in params]
+    assert all(bool((t.detach().view(torch.int32) << 1 != 0).any()) for t in tensors)
+    return hashlib.sha256(b"".join(t.detach().numpy().tobytes() for t in tensors)).hexdigest()
+"""
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_flushed_subnormal_numbers_for_any_number_of_threads(run_python, first):
+    code = SUBNORMAL + f"\nfor flush in ({first}, {not first}):\n    for threads in (1, 2, 4):\n"
+    found = run_python(code + "        print(digest(flush, threads))")
+    assert len(set(found.stdout.split())) == 1, found.stdout
+
+
+def test_the_mode_of_the_calling_thread_stays(run_python):
+    run_python(
+        SUBNORMAL
+        + """
+p = torch.nn.Parameter(torch.ones(4))
+p.grad = torch.ones(4)
+torch.set_flush_denormal(True)
+tiger_ext.Tiger([p]).step()
+assert not bool((torch.tensor([1e-38]) * 0.01 != 0).any())
+"""
+    )

@@ -664,3 +664,105 @@ def test_param_groups_take_tied_weights_as_dense():
     for model in (tied, shared):
         (group,) = tiger_ext.param_groups(model)
         assert group["scale"] == "rms"
+
+
+# ------------------------------------------------------------- no more than the sign would do
+
+smoothed = pytest.mark.parametrize("direction", ["clip", "power", "atan"])
+storages = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str
+)
+
+
+def row_rms(x):
+    return x.double().square().mean(1, keepdim=True).sqrt()
+
+
+@backends
+@every_scale
+@smoothed
+@storages
+@pytest.mark.parametrize("steps", [1, 2])
+def test_what_has_no_gradient_moves_no_more_than_under_the_sign(
+    scale, direction, dtype, steps, fused
+):
+    p = Parameter((torch.randn(1, 33) * 2).to(dtype))
+    hyper = dict(lr=0.01, betas=(0.4,), weight_decay=0.5, accumulation_steps=steps)
+    opt = Tiger([p], **hyper, scale=scale, direction=direction, rms_floor=0.0, fused=fused)
+    for step in range(180):  # the momentum decays into the subnormal numbers and to 0
+        grad = torch.randn(1, 33) if step == 0 else torch.zeros(1, 33)
+        old, size = p.detach().double(), row_rms(p.detach())
+        for _ in range(steps):
+            p.grad = grad.to(dtype)
+            opt.step()
+        way = p.detach().double() - (1 - 0.01 * 0.5 * size) * old
+        rounding = 4 * torch.finfo(dtype).eps * size
+        assert bool((row_rms(way) <= 0.01 * size * (1 + 1e-4) + rounding).all()), step
+
+
+@backends
+@every_scale
+@smoothed
+@pytest.mark.parametrize("layout", ["strided", "sparse"])
+@pytest.mark.parametrize("theta", [1e-40, 1.0, 1e30])
+@pytest.mark.parametrize("grad", [1.4e-45, 1e-42, 1e-38, 1e-30, 1e30])
+def test_any_finite_gradient_moves_no_more_than_a_sign(
+    scale, direction, layout, theta, grad, fused
+):
+    start, g = torch.full((3, 4), theta), torch.full((3, 4), grad)
+    if layout == "sparse":
+        g = torch.sparse_coo_tensor([[0, 1, 2]], g, (3, 4))
+    kappa = 2.0 if direction == "power" else 1.0
+    p = one_step(
+        start, g, scale=scale, direction=direction, direction_scale=kappa, weight_decay=0.01,
+        rms_floor=0.0, lr=0.5, fused=fused,
+    )  # fmt: skip
+    way = p.double() - max(1 - 0.5 * 0.01 * theta, 0.0) * start.double()
+    assert bool((way.abs() <= 0.5 * theta * (1 + 1e-5) + 1e-44).all()), way
+    expected = {1e-30: 1.0, 1e30: 1.0, 1.4e-45: 0.0}
+    if grad in expected and theta == 1.0 and (direction != "power" or grad > 1):
+        torch.testing.assert_close(way, torch.full((3, 4), -0.5 * expected[grad]).double())
+
+
+@backends
+@every_scale
+def test_a_fading_direction_leaves_the_decay_as_it_is(scale, fused):
+    theta = torch.full((3, 4), 2.0)
+    options = dict(scale=scale, direction="clip", direction_scale=1.0, weight_decay=0.25)
+    result = one_step(theta, torch.full((3, 4), 1.4e-45), fused=fused, **options)
+    torch.testing.assert_close(result, theta * (1 - 0.5 * 2.0 * 0.25))
+
+
+@backends
+@every_scale
+@every_direction
+def test_the_decay_takes_no_more_than_the_whole_parameter(scale, direction, fused):
+    theta = torch.full((3, 4), 1e30)
+    options = dict(scale=scale, direction=direction, weight_decay=0.25, fused=fused)
+    result = one_step(theta, torch.full((3, 4), 1.0), **options)
+    torch.testing.assert_close(result, -0.5 * theta)
+
+
+@backends
+@every_scale
+@pytest.mark.parametrize("direction", ["sign", "clip"])
+def test_squares_that_overflow_in_float64_give_no_nan(scale, direction, fused):
+    theta = torch.full((3, 4), 1e200, dtype=torch.float64)
+    options = dict(scale=scale, direction=direction, weight_decay=0.25, fused=fused)
+    assert bool(one_step(theta, torch.ones_like(theta), **options).isfinite().all())
+
+
+@backends
+@smoothed
+def test_the_published_recipe_leaves_idle_rows_finite(direction, fused):
+    table = nn.Embedding(20, 16)
+    groups = tiger_ext.param_groups(table, lr=1e-3, direction=direction)
+    opt = Tiger(groups, betas=(0.8,), fused=fused)
+    start = row_rms(table.weight.detach())
+    for step in range(250):
+        ids = torch.arange(20) if step == 0 else torch.arange(5)
+        table(ids).square().mean().backward()
+        opt.step()
+        opt.zero_grad()
+    # 250 steps of a thousandth of the size each
+    assert bool((row_rms(table.weight.detach()) < start * 1.001**250).all())

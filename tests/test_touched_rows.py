@@ -204,6 +204,89 @@ def test_alternating_layouts(fused):
         verified_window(opt, [p], [as_sparse(grad, [k, 2 * k + 1]) if k % 2 else grad])
 
 
+# A strided gradient's rows are those of the first dimension, whatever the sparse gradients' were.
+
+
+def after_two_sparse_dimensions(rows, fused, **options):
+    """Return a table whose state is for rows of two dimensions, one more step behind it."""
+    p = Parameter(torch.randn(5, 3, 4))
+    opt = Tiger([p], **HYPER, rows=rows, fused=fused, **options)
+    for _ in range(options.get("accumulation_steps", 1)):
+        p.grad = torch.sparse_coo_tensor([[0, 0, 1, 4], [0, 1, 2, 2]], torch.randn(4, 4), p.shape)
+        opt.step()
+    return p, opt
+
+
+@backends
+@pytest.mark.parametrize("lazy", ["frozen", "decay", "exact"])
+def test_rows_are_of_the_first_dimension_after_two_sparse_dimensions(lazy, fused):
+    p, opt = after_two_sparse_dimensions("nonzero", fused, lazy=lazy)
+    opt.flush()
+    for row, vector in ((1, 0), (4, 2)):
+        grad = torch.zeros(p.shape)
+        grad[row, vector, 1] = 1.0
+        verified_window(opt, [p], [grad])
+        if lazy != "frozen":
+            assert opt.state[p]["last_step"].shape == (5,)
+            opt.flush()
+
+
+@backends
+@pytest.mark.parametrize("scale", [None, "rms", "rms_rows"])
+@pytest.mark.parametrize("nonfinite", ["propagate", "skip", "shrink"])
+@pytest.mark.parametrize("rows", [None, "nonzero"])
+def test_windows_of_first_rows_after_two_sparse_dimensions(scale, nonfinite, rows, fused):
+    if rows is None and scale != "rms_rows":
+        pytest.skip("not by rows")
+    options = dict(accumulation_steps=2, scale=scale, nonfinite=nonfinite)
+    p, opt = after_two_sparse_dimensions(rows, fused, **options)
+    grads = [torch.zeros(p.shape) for _ in range(2)]
+    grads[0][0, 1] = torch.randn(4)
+    grads[0][4, 0] = torch.randn(4)
+    grads[1][0, 2] = torch.randn(4)
+    if nonfinite != "propagate":
+        grads[1][4, 2, 0] = torch.nan
+        grads[1][1, 0, 0] = torch.inf
+    verified_window(opt, [p], *([g] for g in grads))
+    assert opt.state[p]["window"].shape == (5,)
+
+
+@backends
+def test_other_rows_within_one_window_are_refused(fused):
+    p, opt = after_two_sparse_dimensions("nonzero", fused, accumulation_steps=2)
+    p.grad = torch.sparse_coo_tensor([[0], [1]], torch.randn(1, 4), p.shape)
+    opt.step()
+    p.grad = torch.ones(p.shape)
+    with unchanged(opt), pytest.raises(RuntimeError, match="sparse_dim was 2 before"):
+        opt.step()
+    p.grad = torch.sparse_coo_tensor([[0], [1]], torch.randn(1, 4), p.shape)
+    opt.step()
+
+
+@backends
+def test_a_tracked_table_of_one_row_after_two_sparse_dimensions(fused):
+    p = Parameter(torch.ones(1, 4096))
+
+    class Lookup(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = p
+
+        def forward(self, ids):
+            return p[ids]
+
+    module = Lookup()
+    opt = Tiger([p], lr=0.1, weight_decay=0.0, rows="tracked", lazy="decay", fused=fused)
+    opt.track(module)
+    p.grad = torch.sparse_coo_tensor([[0], [0]], torch.ones(1), p.shape)
+    opt.step()
+    before = p.detach().clone()
+    module(torch.tensor([0]))
+    p.grad = torch.ones(1, 4096)
+    opt.step()
+    assert bool((p != before).all())
+
+
 @backends
 def test_many_parameters_and_tensor_lr(fused):
     dtypes = (torch.float32, torch.float64, torch.bfloat16)

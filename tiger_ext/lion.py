@@ -44,9 +44,10 @@ class Lion(MixedOptimizer):
             :meth:`track` since the last step, also where their gradient is zero; parameters
             that are no embedding's as with None.
         scale: None: ``lr`` as given. "rms": ``lr`` is relative, multiplied by
-            ``max(RMS(param), rms_floor) / RMS(direction)`` over the whole tensor, or over each row
-            for sparse gradients and where ``rows`` is set; "rms_rows": over each row always. The
-            RMS of a pure sign direction counts as 1. The weight decay is scaled with it.
+            ``max(RMS(param), rms_floor)``, and the direction is divided by its RMS, both over the
+            whole tensor, or over each row for sparse gradients and where ``rows`` is set;
+            "rms_rows": over each row always. The RMS of a pure sign direction counts as 1. The
+            weight decay takes the multiplied ``lr``, but no more than the whole parameter.
         rms_floor: lower bound of the parameter's RMS, so that zeros can move; 0: none.
         direction: what takes the sign's place, elementwise, on the momentum c: "sign"; "clip":
             ``clamp(k * c, -1, 1)``; "power": ``sign(c) * abs(c) ** k``; "atan":

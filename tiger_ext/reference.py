@@ -32,16 +32,18 @@ def direction(c: Tensor, kind: str, kappa: float) -> Tensor:
     if kind == "clip":
         return (kappa * c).clamp(-1, 1)
     if kind == "power":
-        return sign(c) * c.abs() ** kappa
+        size = c.abs() ** kappa
+        # Of what is finite it stays finite.
+        return sign(c) * torch.where(c.isinf(), size, size.clamp(max=torch.finfo(c.dtype).max))
     if kind == "atan":
         return (2 / math.pi) * torch.atan(kappa * c)
     return sign(c)
 
 
-def rms(x: Tensor) -> Tensor:
-    """Return the root mean square over all but the first dimension, which keep length 1."""
+def mean_square(x: Tensor) -> Tensor:
+    """Return, in float64, the mean over all but the first dimension, which keep length 1."""
     squares = per_unit(x.double().square())
-    return squares.mean(1).sqrt().to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
+    return squares.mean(1).reshape(-1, *[1] * (x.dim() - 1))
 
 
 def per_unit(x: Tensor) -> Tensor:
@@ -49,17 +51,23 @@ def per_unit(x: Tensor) -> Tensor:
     return x.unsqueeze(-1).flatten(1)
 
 
-def relative_rate(param: Tensor, d: Tensor, *, floor: float, pure_sign: bool) -> Tensor:
-    """Return the factor of the learning rate for ``scale="rms"``, one per unit.
+def relative_rate(lr: float | Tensor, param: Tensor, floor: float) -> Tensor:
+    """Return the learning rate of ``scale="rms"``, ``lr max(RMS(param), floor)``, one per unit.
 
-    ``max(RMS(param), floor) / RMS(d)``, where RMS(d) counts as 1 for a pure sign direction and for
-    a direction that is zero everywhere. A unit is an index of the first dimension.
+    A unit is an index of the first dimension.
     """
-    size = rms(param).clamp(min=floor)
-    if pure_sign:
-        return size
-    norm = rms(d)
-    return size / torch.where(norm == 0, 1.0, norm)
+    size = mean_square(param).clamp(max=torch.finfo(torch.float64).max).sqrt().clamp(min=floor)
+    return (lr * size).clamp(max=torch.finfo(param.dtype).max).to(param.dtype)
+
+
+def unit_direction(d: Tensor) -> Tensor:
+    """Return each unit of a direction divided by its RMS.
+
+    That counts as no less than the smallest normal float32, below which a direction is more of
+    rounding errors than of anything else: it fades.
+    """
+    factor = 1 / mean_square(d).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+    return factor.to(d.dtype) * d
 
 
 @dataclass(frozen=True)
@@ -104,12 +112,15 @@ def sign_momentum(
     beta1, beta2 = (_in_window(beta, param, use) for beta in (use.betas[0], use.betas[-1]))
     weight1, weight2 = ((1 - beta) / use.micro_steps for beta in (use.betas[0], use.betas[-1]))
     lr = use.lr
+    decay = lr * use.weight_decay
     c = beta1 * exp_avg + weight1 * grad
     d = direction(c, use.direction, use.direction_scale)
     if use.rms_floor is not None:
-        pure_sign = use.direction == "sign"
-        lr = lr * relative_rate(param, d, floor=use.rms_floor, pure_sign=pure_sign)
-    param = (1 - lr * use.weight_decay) * param - lr * d
+        lr = relative_rate(lr, param, use.rms_floor)
+        decay = (lr * use.weight_decay).clamp(max=1)  # at most all of the parameter
+        if use.direction != "sign":  # whose RMS counts as 1
+            d = unit_direction(d)
+    param = (1 - decay) * param - lr * d
     exp_avg = beta2 * exp_avg + weight2 * grad
     return param, [exp_avg]
 

@@ -191,16 +191,14 @@ class ReferenceUpdate:
             g = torch.zeros((), dtype=dtype, device=p.device).expand(p.shape)
             touched = torch.ones(p.shape[:row_dims], dtype=torch.bool, device=p.device)
         elif is_row_lazy(p, self.group):
-            row_dims = max(row_dims, 1)
+            row_dims = 1
             if self.mask is not None:
                 touched = self.mask.bool()
             else:
                 touched = reference.per_unit(g != 0).any(1)
-            if row_dims > 1:
-                touched = touched.reshape(-1, *[1] * (row_dims - 1)).expand(p.shape[:row_dims])
         else:
             if self.group.options.get("scale") == "rms_rows" and p.dim() > 0:
-                row_dims = max(row_dims, 1)
+                row_dims = 1
             touched = torch.ones(p.shape[:row_dims], dtype=torch.bool, device=p.device)
         if row_dims == 0:
             return None, g.to(dtype).unsqueeze(0)

@@ -158,6 +158,8 @@ def _complete_last_step(p: Tensor, group: GroupStep, changes: StateChanges, fres
         dims = g.sparse_dim()
     elif window is not None and window.dim() > 0:
         dims = window.dim()
+    elif g is not None and is_row_lazy(p, group):
+        dims = 1
     elif old is not None and (old.dim() > 0 or p.dim() < 2):
         dims = old.dim()
     else:
@@ -187,11 +189,17 @@ def _complete_window(p: Tensor, group: GroupStep, changes: StateChanges) -> None
     old = state.get("window")
     shape = p.shape[: _window_dims(p, group)]
     strided = p.grad is not None and p.grad.layout == torch.strided
-    if old is not None and (old.shape == shape or (strided and old.dim() > 0)):
+    # A strided gradient that is not by rows goes by any.
+    if old is not None and (old.shape == shape or (strided and not shape and old.dim() > 0)):
         return
     # Whether a gradient of the open window has touched it.
     in_window = old is not None and group.in_window and bool((old == group.window).any())
     if old is not None and old.dim() > 0 and in_window:
+        if strided:
+            raise WindowError(
+                f"the gradient is strided, its rows those of the first dimension, but sparse_dim "
+                f"was {old.dim()} before in the same accumulation window"
+            )
         raise WindowError(
             f"the gradient's sparse_dim changed from {old.dim()} to {len(shape)} within an "
             "accumulation window"

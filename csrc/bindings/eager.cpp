@@ -30,14 +30,8 @@ namespace py = pybind11;
 namespace tiger_ext {
 namespace {
 
-// Whether the tensor's memory holds its elements as they are.
-bool plain(const at::Tensor& t) {
-  const auto* impl = t.unsafeGetTensorImpl();
-  return !impl->is_python_dispatch() && !t.is_neg() && !t._is_zerotensor() && !t.is_nested() &&
-         !t.is_quantized();
-}
-
-// Gradients that autograd keeps symbolic: zeros without memory, and negated views.
+// Gradients, and the values of sparse ones, that autograd keeps symbolic: zeros without memory, and
+// negated views.
 at::Tensor materialized(const at::Tensor& grad) {
   if (grad.layout() != at::kStrided) return grad;
   if (grad._is_zerotensor()) return at::zeros(grad.sizes(), grad.options());
@@ -140,7 +134,7 @@ bool catch_up(const at::Tensor& param, const std::vector<at::Tensor>& states,
               const at::Tensor& last_step, const RuleParams& rule, GroupHistory& history,
               int64_t position, const std::optional<at::Tensor>& ids, int64_t begin, int64_t end) {
   const CatchUpFunction function = catch_up_function(param.device().type());
-  if (!function || !history.has(param.device()) || !plain(param) ||
+  if (!function || !history.has(param.device()) || !is_plain(param) ||
       param.layout() != at::kStrided || !is_storage_type(param.scalar_type()))
     return false;
   const RuleInfo& names = rule_info(rule.kind);
@@ -166,8 +160,8 @@ class Step {
   Step(Faults& faults, const py::object& grad_scale, const py::object& found_inf) {
     faults.raise();
     context_.faults = &faults;
-    if (!grad_scale.is_none()) context_.grad_scale = tensor(grad_scale);
-    if (!found_inf.is_none()) context_.found_inf = tensor(found_inf);
+    if (!grad_scale.is_none()) context_.grad_scale = element(grad_scale, "grad_scale");
+    if (!found_inf.is_none()) context_.found_inf = element(found_inf, "found_inf");
   }
 
   // Adds the parameters of one group that have a gradient or, where the rule adds none, a window;
@@ -239,9 +233,9 @@ class Step {
       }
       DeviceStep* device = device_step(u.param.device().type());
       const bool sparse = rule.adds && u.grad.layout() == at::kSparse;
-      if (!device || !plain(u.param) || u.param.layout() != at::kStrided ||
+      if (!device || !is_plain(u.param) || u.param.layout() != at::kStrided ||
           !is_storage_type(u.param.scalar_type()) ||
-          (rule.adds && (!plain(u.grad) || !(sparse || u.grad.layout() == at::kStrided)))) {
+          (rule.adds && (!is_plain(u.grad) || !(sparse || u.grad.layout() == at::kStrided)))) {
         not_native.append(i);
         continue;
       }
@@ -258,14 +252,15 @@ class Step {
       const bool by_rows = rule.touched != Touched::kAll && u.param.dim() >= 2;
       if (rule.window && complete && rule.adds)
         complete = sparse ? u.window.dim() == u.grad.sparse_dim()
-                          : u.window.dim() > 0 || !(by_rows || rule.scale == Scale::kRows) ||
-                                u.param.dim() == 0;
+                   : by_rows || (rule.scale == Scale::kRows && u.param.dim() > 0)
+                       ? u.window.dim() == 1
+                       : true;
       if (lazy && complete && rule.adds) {
         const int64_t dims = u.last_step.dim();
-        complete = sparse ? dims == u.grad.sparse_dim()
-                   : u.window.defined() && u.window.dim() > 0
-                       ? dims == u.window.dim()
-                       : dims > 0 || !(by_rows || u.param.dim() >= 2);
+        complete = sparse                                     ? dims == u.grad.sparse_dim()
+                   : u.window.defined() && u.window.dim() > 0 ? dims == u.window.dim()
+                   : by_rows                                  ? dims == 1
+                                                              : dims > 0 || u.param.dim() < 2;
       }
       if (!complete) {
         without_state.append(i);
@@ -284,7 +279,7 @@ class Step {
           refuse_shape(u, u.grad);
         const auto* impl = static_cast<const at::SparseTensorImpl*>(u.grad.unsafeGetTensorImpl());
         u.indices = impl->indices();
-        u.values = impl->values();
+        u.values = materialized(impl->values());
         u.coalesced = impl->coalesced();
         u.grad.reset();
       } else if (!rows.empty()) {
@@ -352,8 +347,15 @@ class Step {
         work[device_step(device.type())].steps.push_back(step);
       }
     }
-    for (const at::Tensor& counter : counters)
-      work[device_step(counter.device().type())].counters.push_back(counter);
+    for (const at::Tensor& counter : counters) {
+      DeviceStep* const device = device_step(counter.device().type());
+      if (!device || counter.scalar_type() != at::kLong || counter.numel() != 1 ||
+          counter.layout() != at::kStrided || !is_plain(counter) || !holds_its_elements(counter))
+        throw std::runtime_error(c10::str("tiger_ext: a state step is ", counter.scalar_type(), " ",
+                                          counter.sizes(), " on ", counter.device(),
+                                          ", expected one int64 element beside the parameter"));
+      work[device].counters.push_back(counter);
+    }
     py::gil_scoped_release release;
     for (const auto& [device, w] : work) device->will_advance(w.steps, w.counters);
   }
@@ -376,6 +378,14 @@ class Step {
     if (!THPVariable_Check(object.ptr()))
       throw py::type_error("expected a tensor, got " + std::string(Py_TYPE(object.ptr())->tp_name));
     return THPVariable_Unpack(object.ptr());
+  }
+
+  static const at::Tensor& element(py::handle object, const char* name) {
+    const at::Tensor& t = tensor(object);
+    if (t.numel() != 1)
+      throw std::runtime_error(
+          c10::str("tiger_ext: ", name, " has ", t.numel(), " elements, expected one"));
+    return t;
   }
 
   // As `object.grad` in Python; undefined for None. A class of its own may make a property of it.
@@ -461,6 +471,7 @@ void bind_eager(py::module_& m) {
       .def("rewritten", &GroupHistory::rewritten)
       .def("note", &GroupHistory::note)
       .def("read", [](const GroupHistory& h) {
+        if (h.copies().empty()) throw std::runtime_error("tiger_ext: the history has no copy");
         const HistoryNumbers numbers = h.copies().begin()->second->read();
         std::vector<Setting> settings;
         for (const HistorySetting& s : numbers.settings)

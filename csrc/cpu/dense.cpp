@@ -55,7 +55,7 @@ void DenseRoad::decide(Look& l) const {
     l.item->rule.step = nullptr, l.item->rule.window = nullptr, l.item->rule.last_step = nullptr;
   if (verdict == Verdict::kSkip) l.item->numel = 0;
   if (verdict == Verdict::kShrink) l.rule.kind = kKindOf<Shrink<float>>;
-  if (l.rule.scale != Scale::kNone) l.rule.lr *= facts.rate(l.rule, l.item->numel);
+  if (l.rule.scale != Scale::kNone) l.rule.rate = facts.rate(l.rule, l.item->numel);
   l.item->rule.params = &l.rule;
 }
 

@@ -17,11 +17,11 @@ void LongRunSums::prepare(const std::vector<RowsItem>& items, const SortedEntrie
   sorted_ = sorted;
   find(items);
   int64_t bytes = 0;
-  for (const Work& w : work_) bytes += w.pieces() * w.sum_bytes();
+  for (const Work& w : work_) bytes += w.bytes();
   char* place = bytes > 0 ? scratch.get<char>(Scratch::kPieces, bytes) : nullptr;
   for (Work& w : work_) {
     w.sums = place;
-    place += w.pieces() * w.sum_bytes();
+    place += w.bytes();
     runs_.push_back({w.begin, w.end, w.sums});
   }
 }

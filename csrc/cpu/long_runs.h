@@ -34,6 +34,8 @@ class LongRunSums {
     int64_t sum_bytes() const {
       return item->dim * (item->param.storage == Storage::kFloat64 ? 8 : 4);
     }
+    // Of all pieces; the next run's sums may be of a wider type.
+    int64_t bytes() const { return (pieces() * sum_bytes() + 7) / 8 * 8; }
   };
 
   void find(const std::vector<RowsItem>& items);

@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "cpu/float_mode.h"
 #include "cpu/long_runs.h"
 #include "cpu/parallel.h"
 #include "cpu/row_plan.h"
@@ -41,7 +42,7 @@ class Gradients {
   void add(const at::Tensor& grad, int place) {
     Update u;  // what the checks name
     u.position = place;
-    if (grad.layout() != at::kSparse || !grad.is_cpu())
+    if (grad.layout() != at::kSparse || !grad.is_cpu() || !is_plain(grad))
       refuse(u, "the gradient has layout ", grad.layout(), " on ", grad.device(), ", expected ",
              at::kSparse, " on the CPU");
     const auto* impl = static_cast<const at::SparseTensorImpl*>(grad.unsafeGetTensorImpl());
@@ -52,6 +53,8 @@ class Gradients {
         values.sizes().slice(1) != grad.sizes().slice(sparse_dim))
       refuse(u, "the gradient of shape ", grad.sizes(), " has indices of shape ", indices.sizes(),
              " and values of shape ", values.sizes());
+    if (!holds_its_elements(values) || !holds_its_elements(indices))
+      refuse(u, "the gradient's memory is smaller than its indices or values");
     if (indices.size(1) == 0) return;
 
     RowsItem item;
@@ -105,6 +108,7 @@ std::vector<Task> cut(const std::vector<RowsItem>& items) {
 
 at::Tensor row_norms(const std::vector<at::Tensor>& grads, double p) {
   const at::NoGradGuard no_grad;
+  const FloatMode mode;
   const Gradients gradients(grads);
   const std::vector<RowsItem>& items = gradients.items();
   const at::Tensor result =

@@ -9,6 +9,7 @@
 #include <memory>
 #include <vector>
 
+#include "cpu/float_mode.h"
 #include "cpu/parallel.h"
 #include "cpu/roads.h"
 #include "cpu/row_plan.h"
@@ -28,6 +29,7 @@ class CpuStep final : public DeviceStep {
   }
 
   void add(Update& u) override {
+    const FloatMode mode;
     check_update(u);
     u.rule.grad_factor /= grad_scale_;
     if (u.lr.defined()) u.rule.lr = u.lr.item<double>();
@@ -40,6 +42,7 @@ class CpuStep final : public DeviceStep {
   }
 
   void prepare() override {
+    const FloatMode mode;
     check_finite(dense_road_.prepare(builder_.dense()), builder_.dense_places());
     check_finite(direct_road_.prepare(builder_.direct()), builder_.direct_places());
     const std::vector<RowsItem>& rows = builder_.rows();
@@ -54,7 +57,7 @@ class CpuStep final : public DeviceStep {
   }
 
   bool lags(const Update& u) const override {
-    if (u.last_step.scalar_type() != at::kInt || !u.last_step.is_contiguous()) return false;
+    if (!is_row_state(u, u.last_step)) return false;  // `add` refuses it
     const int32_t* last = u.last_step.const_data_ptr<int32_t>();
     return std::any_of(last, last + u.last_step.numel(),
                        [&](int32_t l) { return current_up_to(l) < u.rule.current; });
@@ -75,6 +78,7 @@ class CpuStep final : public DeviceStep {
 
   void apply() override {
     const at::NoGradGuard no_grad;
+    const FloatMode mode;
     builder_.start();
     // A parameter that no gradient of the window reached does not move.
     for (DenseItem& item : builder_.dense())
@@ -135,14 +139,15 @@ constexpr int64_t kElementsPerTask = 65536;
 
 void catch_up(Update& u, const at::Tensor& ids, int64_t begin, int64_t end) {
   const at::NoGradGuard no_grad;
-  check_update(u);
+  const FloatMode mode;
+  check_table(u, ids, begin, end);
   ItemBuilder builder;
   builder.add_table(u);
   const RowsItem& item = builder.direct().front();
   at::Tensor list;
   const int64_t* rows = nullptr;
   if (ids.defined()) {
-    list = ids.to(at::kLong).contiguous();
+    list = ids.to(at::kCPU, at::kLong).contiguous();
     rows = list.const_data_ptr<int64_t>();
     begin = 0;
     end = list.numel();

@@ -119,7 +119,7 @@ struct ResolveRule {
     Verdict verdict = item.facts ? judge(params, facts) : Verdict::kUpdate;
     // A parameter that no gradient of the window reached does not move.
     if (item.window && !params.adds && *item.window != params.window) verdict = Verdict::kSkip;
-    if (item.facts && params.scale != Scale::kNone) params.lr *= facts.rate(params, item.numel);
+    if (item.facts && params.scale != Scale::kNone) params.rate = facts.rate(params, item.numel);
     if (verdict == Verdict::kUpdate) {
       if (item.window) *item.window = params.window;
       if (item.step) set_bias_corrections(params, ++*item.step);

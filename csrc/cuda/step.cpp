@@ -167,6 +167,9 @@ class OneDevice {
   template <typename T>
   T* pointer(const at::Tensor& t, at::ScalarType type) {
     if (!t.defined()) return nullptr;
+    if (t.numel() != 1)
+      throw std::runtime_error("tiger_ext: expected a learning rate, grad_scale or found_inf of " +
+                               std::string("one element, got ") + std::to_string(t.numel()));
     // What is on the host is read now: its memory may change before the device would copy it.
     kept_.push_back(
         t.is_cpu() && !device_.is_cpu()
@@ -259,7 +262,7 @@ void catch_up(Update& u, const at::Tensor& ids, int64_t begin, int64_t end) {
   const at::NoGradGuard no_grad;
   const c10::Device device = u.param.device();
   const c10::cuda::CUDAGuard guard(device);
-  check_update(u);
+  check_table(u, ids, begin, end);
   check_rows(u, u.last_step.dim());
   ItemBuilder builder;
   builder.add_table(u);

@@ -6,7 +6,7 @@
 // A rule is a small struct of constants in the arithmetic type T (float, or double for float64
 // parameters) with a call operator that advances one parameter element and its state by one step.
 // Every operation is a single IEEE operation (multiply-add contraction is off), so all instruction
-// sets and devices agree bit by bit. What else a rule says of itself:
+// sets and devices agree bit by bit, but for a NaN's sign. What else a rule says of itself:
 //
 //     kStates, kStateNames  its state tensors, as a parameter's state calls them
 //     kCountsSteps          whether the state has a counter `step`
@@ -58,6 +58,14 @@ enum class Lazy : int8_t {
   kExact,   // so are the steps along the sign of the momentum
 };
 
+// What a relative learning rate (Scale) makes of the one that is given, see Facts::rate.
+struct Rate {
+  double size = 1.0;       // the learning rate is multiplied by it, for the decay too
+  double direction = 1.0;  // the direction is multiplied by it
+
+  friend bool operator==(const Rate& a, const Rate& b) = default;
+};
+
 struct Stretch;
 struct HistoryClock;
 
@@ -78,6 +86,7 @@ struct RuleParams {
   double direction_scale = 1.0;
   Scale scale = Scale::kNone;
   double rms_floor = 0.0;
+  Rate rate;  // if it is one and the same for all elements
   Nonfinite nonfinite = Nonfinite::kPropagate;
   double shrink_ratio = 1.0;
   double shrink_to = 0.0;
@@ -124,6 +133,12 @@ TIGER_EXT_INLINE T sign(T x) {
   return x == x ? s : x;
 }
 
+// The largest finite number.
+template <typename T>
+TIGER_EXT_INLINE constexpr T largest() {
+  return static_cast<T>(sizeof(T) == 8 ? 0x1.fffffffffffffp1023 : 0x1.fffffep127);
+}
+
 // c's direction; NaN stays NaN.
 template <Direction kDirection, typename T>
 TIGER_EXT_INLINE T direction_of(T c, T kappa) {
@@ -133,7 +148,9 @@ TIGER_EXT_INLINE T direction_of(T c, T kappa) {
     const T x = kappa * c;
     return x > T(1) ? T(1) : x < T(-1) ? T(-1) : x;
   } else if constexpr (kDirection == Direction::kPower) {
-    return sign(c) * std::pow(std::abs(c), kappa);
+    const T size = std::abs(c), power = std::pow(size, kappa);
+    // Of what is finite it stays finite.
+    return sign(c) * (power > largest<T>() && size <= largest<T>() ? largest<T>() : power);
   } else {
     return static_cast<T>(0.63661977236758134308) * std::atan(kappa * c);
   }
@@ -154,7 +171,7 @@ struct Momentum {
   using General = Momentum;
   static constexpr bool fits(const RuleParams&) { return true; }
   T grad_factor, decay, lr, beta1, beta2, weight1, weight2;
-  T weight_decay, direction_scale;
+  T weight_decay, direction_scale, direction_factor;
   Direction direction;
   bool moves;
 
@@ -169,13 +186,20 @@ struct Momentum {
         weight2(static_cast<T>(r.adds ? (1.0 - r.beta2) / r.micro_steps : 0.0)),
         weight_decay(static_cast<T>(r.weight_decay)),
         direction_scale(static_cast<T>(r.direction_scale)),
+        direction_factor(T(1)),
         direction(r.direction),
-        moves(r.moves) {}
+        moves(r.moves) {
+    if (r.scale != Scale::kNone) scale(r.rate);
+  }
 
-  // The rule with a learning rate `factor` times as large.
-  TIGER_EXT_INLINE void scale(double factor) {
-    lr = static_cast<T>(static_cast<double>(lr) * factor);
-    decay = T(1) - lr * weight_decay;
+  // The rule with a relative learning rate. However large that is, the decay takes no more than
+  // all of the parameter.
+  TIGER_EXT_INLINE void scale(const Rate& rate) {
+    const double relative = static_cast<double>(lr) * rate.size;
+    lr = relative > static_cast<double>(largest<T>()) ? largest<T>() : static_cast<T>(relative);
+    const T share = lr * weight_decay;
+    decay = share > T(1) ? T(0) : T(1) - share;
+    direction_factor = static_cast<T>(rate.direction);
   }
   // The rule after the window's first micro-step.
   TIGER_EXT_INLINE void stop_decay() { beta1 = beta2 = T(1); }
@@ -190,8 +214,16 @@ struct Momentum {
   TIGER_EXT_INLINE void update(T grad, T& p, T& m) const {
     const T g = grad_factor * grad;
     const T c = beta1 * m + weight1 * g;
-    if constexpr (kMoves) p = decay * p - lr * direction_of<kDirection>(c, direction_scale);
+    if constexpr (kMoves) p = decay * p - lr * scaled_direction<kDirection>(c);
     m = beta2 * m + weight2 * g;
+  }
+
+  // A sign is of size 1 already.
+  template <Direction kDirection>
+  TIGER_EXT_INLINE T scaled_direction(T c) const {
+    const T d = direction_of<kDirection>(c, direction_scale);
+    if constexpr (kDirection == Direction::kSign) return d;
+    else return direction_factor * d;
   }
 
   // Calls f.template operator()<direction>().
@@ -382,14 +414,20 @@ struct Facts {
     finite = finite && other.finite;
   }
 
-  // What the learning rate of `count` elements is multiplied by (Su 2023): max(RMS(p), floor) /
-  // RMS(d), where RMS(d) counts as 1 for the sign and for a direction of zeros.
-  TIGER_EXT_INLINE double rate(const RuleParams& r, int64_t count) const {
+  // The relative learning rate of `count` elements (Su 2023): lr max(RMS(p), floor), along a
+  // direction d that is divided by its RMS, which is 1 for the sign. The two stay apart: as the
+  // momentum of what has no gradient decays, 1 / RMS(d) grows without bound, and so would the
+  // decay of the parameter. RMS(d) counts as no less than the smallest normal float32, below which
+  // a direction is more of rounding errors than of anything else: it fades.
+  TIGER_EXT_INLINE Rate rate(const RuleParams& r, int64_t count) const {
     const double n = static_cast<double>(count);
-    const double size = std::sqrt(params / n);
-    const double floored = size < r.rms_floor ? r.rms_floor : size;
-    if (r.direction == Direction::kSign || directions == 0.0) return floored;
-    return floored / std::sqrt(directions / n);
+    const double squares = params > largest<double>() ? largest<double>() : params;
+    Rate rate{std::sqrt(squares / n), 1.0};
+    if (rate.size < r.rms_floor) rate.size = r.rms_floor;
+    if (r.direction == Direction::kSign) return rate;
+    const double norm = std::sqrt(directions / n);
+    rate.direction = 1.0 / (norm < 0x1p-126 ? 0x1p-126 : norm);
+    return rate;
   }
 };
 

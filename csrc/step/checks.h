@@ -8,6 +8,7 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/StringUtil.h>
 
+#include "rules/rule_list.h"
 #include "rules/storage.h"
 #include "step/step.h"
 
@@ -38,26 +39,60 @@ inline Storage storage_of(const Update& u, const at::Tensor& t, const char* what
   }
 }
 
-inline void check_device(const Update& u, const at::Tensor& t, const char* what) {
+// Whether the tensor's memory is to hold its elements as they are.
+inline bool is_plain(const at::Tensor& t) {
+  const auto* impl = t.unsafeGetTensorImpl();
+  return !impl->is_python_dispatch() && !t.is_neg() && !t._is_zerotensor() && !t.is_nested() &&
+         !t.is_quantized();
+}
+
+// Whether the memory of a plain strided tensor is as large as its sizes and strides say. It is not
+// where a storage was resized since.
+inline bool holds_its_elements(const at::Tensor& t) {
+  if (t.numel() == 0) return true;
+  int64_t last = t.storage_offset();
+  for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
+  return static_cast<size_t>(last + 1) * t.element_size() <= t.storage().nbytes();
+}
+
+inline void check_memory(const Update& u, const at::Tensor& t, const char* what) {
   if (t.device() != u.param.device())
     refuse(u, what, " is on device ", t.device(), ", the parameter is on ", u.param.device());
   if (t.layout() != at::kStrided)
     refuse(u, what, " has layout ", t.layout(), ", expected ", at::kStrided);
+  if (!is_plain(t))
+    refuse(u, what, " is a view or subclass whose memory does not hold its elements as they are");
+  if (!holds_its_elements(t))
+    refuse(u, what, " of sizes ", t.sizes(), " and strides ", t.strides(), " has only ",
+           t.storage().nbytes(), " bytes of memory");
 }
 
-// A state with a number for each row, or one for the whole parameter.
+// Whether a state is one with a number for each row, of any first dimensions, or one for the whole
+// parameter.
+inline bool is_row_state(const Update& u, const at::Tensor& t) {
+  return t.layout() == at::kStrided && is_plain(t) && t.scalar_type() == at::kInt &&
+         t.is_contiguous() && t.device() == u.param.device() && t.dim() <= u.param.dim() &&
+         t.sizes() == u.param.sizes().slice(0, t.dim()) && holds_its_elements(t);
+}
+
 inline void check_row_state(const Update& u, const at::Tensor& t, const char* name) {
-  if (t.defined() &&
-      !(t.scalar_type() == at::kInt && t.is_contiguous() && t.device() == u.param.device() &&
-        t.dim() <= u.param.dim() && t.sizes() == u.param.sizes().slice(0, t.dim())))
+  if (t.defined() && !is_row_state(u, t))
     refuse(u, "the state ", name, " must be a contiguous int32 tensor on ", u.param.device(),
            " of the parameter's first dimensions, got ", t.scalar_type(), " ", t.sizes(), " on ",
            t.device());
 }
 
-inline void check_update(const Update& u) {
+// Where the update goes by rows, each of them has a number in the state.
+inline void check_rows_of_state(const Update& u, const at::Tensor& t, const char* name,
+                                int64_t row_dims) {
+  if (t.defined() && t.dim() != row_dims)
+    refuse(u, "the state ", name, " has shape ", t.sizes(), ", expected one number a row, ",
+           u.param.sizes().slice(0, row_dims));
+}
+
+inline void check_states(const Update& u) {
   const at::Tensor& param = u.param;
-  check_device(u, param, "the parameter");
+  check_memory(u, param, "the parameter");
   storage_of(u, param, "the parameter");
   if (at::has_internal_overlap(param) == at::MemOverlap::Yes)
     refuse(u, "the parameter, of sizes ", param.sizes(), " and strides ", param.strides(),
@@ -66,7 +101,7 @@ inline void check_update(const Update& u) {
   const RuleInfo& rule = rule_info(u.rule.kind);
   for (int k = 0; k < rule.states; ++k) {
     const at::Tensor& state = u.states[k];
-    check_device(u, state, rule.state_names[k]);
+    check_memory(u, state, rule.state_names[k]);
     storage_of(u, state, rule.state_names[k]);
     if (state.sizes() != param.sizes())
       refuse(u, "the state ", rule.state_names[k], " has shape ", state.sizes(),
@@ -77,19 +112,26 @@ inline void check_update(const Update& u) {
   const bool steps = u.grad.defined() || u.indices.defined();
   if (rule.counts_steps && steps &&
       !(u.step.defined() && u.step.scalar_type() == at::kLong && u.step.numel() == 1 &&
-        u.step.device() == param.device()))
+        u.step.device() == param.device() && u.step.layout() == at::kStrided && is_plain(u.step) &&
+        holds_its_elements(u.step)))
     refuse(u, "the state step must be one int64 element on ", param.device());
 
   check_row_state(u, u.window, "window");
   check_row_state(u, u.last_step, "last_step");
+}
+
+inline void check_gradient(const Update& u) {
+  const at::Tensor& param = u.param;
   if (u.rule.touched == Touched::kMasked && u.grad.defined() &&
-      !(u.mask.defined() && u.mask.scalar_type() == at::kByte && u.mask.is_contiguous() &&
-        u.mask.device() == param.device() && u.mask.numel() == param.size(0)))
+      !(u.mask.defined() && u.mask.layout() == at::kStrided && is_plain(u.mask) &&
+        u.mask.scalar_type() == at::kByte && u.mask.is_contiguous() &&
+        u.mask.device() == param.device() && u.mask.numel() == param.size(0) &&
+        holds_its_elements(u.mask)))
     refuse(u, "the mask of touched rows must be a contiguous uint8 tensor of ", param.size(0),
            " elements on ", param.device());
 
   if (u.grad.defined()) {
-    check_device(u, u.grad, "the gradient");
+    check_memory(u, u.grad, "the gradient");
     storage_of(u, u.grad, "the gradient");
     if (u.grad.sizes() != param.sizes())
       refuse(u, "the gradient has shape ", u.grad.sizes(), ", the parameter has shape ",
@@ -97,7 +139,7 @@ inline void check_update(const Update& u) {
     return;
   }
   if (!u.indices.defined()) return;  // no gradient: the rows are those of the window
-  check_device(u, u.indices, "the gradient's indices tensor");
+  check_memory(u, u.indices, "the gradient's indices tensor");
   if (u.indices.scalar_type() != at::kLong && u.indices.scalar_type() != at::kInt)
     refuse(u, "the gradient's indices have dtype ", u.indices.scalar_type(),
            ", expected int64 or int32");
@@ -106,7 +148,7 @@ inline void check_update(const Update& u) {
       refuse(u, "the list of rows has shape ", u.indices.sizes(), ", expected [row_dims, entries]");
     return;
   }
-  check_device(u, u.values, "the gradient's values tensor");
+  check_memory(u, u.values, "the gradient's values tensor");
   storage_of(u, u.values, "the gradient");
   if (u.indices.dim() != 2 || u.values.dim() < 1)
     refuse(u, "the gradient's indices have shape ", u.indices.sizes(), " and its values ",
@@ -116,6 +158,34 @@ inline void check_update(const Update& u) {
       u.values.sizes().slice(1) != param.sizes().slice(sparse_dim))
     refuse(u, "the gradient has indices of shape ", u.indices.sizes(), " and values of shape ",
            u.values.sizes(), ", the parameter has shape ", param.sizes());
+}
+
+inline void check_update(const Update& u) {
+  check_states(u);
+  check_gradient(u);
+  if (u.lr.defined() && u.lr.numel() != 1)
+    refuse(u, "the learning rate has ", u.lr.numel(), " elements, expected one");
+  const RuleParams& rule = u.rule;
+  const bool windowed = rule.window != 0 || !rule.adds;
+  if (windowed && (rule.window < 1 || !u.window.defined() || !rule_info(rule.kind).directed))
+    refuse(u, "the accumulation window has number ", rule.window,
+           u.window.defined() ? "" : " and the parameter no state window",
+           ", expected one from 1 on, of Tiger");
+  // What the kernels index by row has a number for each row that they take.
+  if (!u.indices.defined() && !goes_by_rows(u)) return;
+  int64_t dims = u.indices.defined() ? u.indices.size(0) : row_dims(u);
+  // A strided gradient's touched rows are those of the first dimension.
+  if (rule.touched != Touched::kAll && u.grad.defined()) dims = 1;
+  check_rows_of_state(u, u.window, "window", dims);
+  check_rows_of_state(u, u.last_step, "last_step", dims);
+}
+
+// A table of which rows [begin, end), or those of `ids`, are to be brought up to date.
+inline void check_table(const Update& u, const at::Tensor& ids, int64_t begin, int64_t end) {
+  check_states(u);
+  if (!u.last_step.defined()) refuse(u, "the parameter has no state last_step");
+  if (!ids.defined() && !(0 <= begin && begin <= end && end <= u.last_step.numel()))
+    refuse(u, "rows ", begin, " to ", end, " are out of range for ", u.last_step.numel(), " rows");
 }
 
 }  // namespace tiger_ext

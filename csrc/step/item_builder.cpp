@@ -150,11 +150,8 @@ void ItemBuilder::add_direct(const Update& u, RuleUse rule) {
     item.value_stride = sparse_dim > 1 ? item.dim : grad.stride(0);
   }
   if (u.mask.defined()) {
-    at::Tensor mask = u.mask;
-    if (mask.numel() != item.rows)
-      mask = mask.unsqueeze(1).expand({mask.numel(), item.rows / mask.numel()}).reshape(-1);
-    kept_.push_back(mask);
-    item.mask = mask.const_data_ptr<uint8_t>();
+    kept_.push_back(u.mask);
+    item.mask = u.mask.const_data_ptr<uint8_t>();
   }
   direct_.push_back(item);
   direct_places_.push_back({u.group, u.position});

@@ -48,8 +48,7 @@ bool goes_by_rows(const Update& u) {
 }
 
 int64_t row_dims(const Update& u) {
-  if (u.window.defined() && u.window.dim() > 0) return u.window.dim();
-  return u.last_step.defined() && u.last_step.dim() > 0 ? u.last_step.dim() : 1;
+  return u.window.defined() && u.window.dim() > 0 ? u.window.dim() : 1;
 }
 
 UpdateError bad_index(UpdatePlace place, int64_t entry, int64_t index, int64_t dimension,

@@ -135,21 +135,35 @@ void check_looks(T tolerance) {
   RuleParams r;
   r.lr = 0.1, r.weight_decay = 0.5;
   Momentum<T> rule(r);
-  rule.scale(3.0);
+  rule.scale({3.0, 1.0});
   CHECK(close(rule.lr, T(0.3), tolerance) && close(rule.decay, T(0.85), tolerance));
+  T moved = 2, m = 1;  // the direction's factor is not the decay's
+  r.direction = Direction::kClip, r.beta1 = r.beta2 = 1.0;
+  Momentum<T> clipped(r);
+  clipped.scale({3.0, 0.5});
+  clipped.template update<Direction::kClip, true>(T(0), moved, m);
+  CHECK(close(moved, T(2 * 0.85 - 0.3 * 0.5), tolerance));
+  clipped.scale({1e30, 1.0});
+  CHECK(clipped.decay == T(0));
+  clipped.scale({1.7e308, 1.0});
+  CHECK(clipped.lr <= largest<T>());
+  CHECK((direction_of<Direction::kPower>(largest<T>(), T(2)) == largest<T>()));
+  r.direction = Direction::kSign;
 
   r.scale = Scale::kTensor, r.rms_floor = 0.5;
   Facts facts;
   facts.params = 4 * 9.0;
-  CHECK(facts.rate(r, 4) == 3.0);
+  CHECK((facts.rate(r, 4) == Rate{3.0, 1.0}));
   facts.params = 4 * 0.01;
-  CHECK(facts.rate(r, 4) == 0.5);  // the floor
+  CHECK((facts.rate(r, 4) == Rate{0.5, 1.0}));  // the floor
   facts.params = 4 * 9.0, facts.directions = 4 * 4.0;
-  CHECK(facts.rate(r, 4) == 3.0);  // of a sign counts as 1
+  CHECK((facts.rate(r, 4) == Rate{3.0, 1.0}));  // of a sign counts as 1
   r.direction = Direction::kClip;
-  CHECK(facts.rate(r, 4) == 1.5);
+  CHECK((facts.rate(r, 4) == Rate{3.0, 0.5}));
   facts.directions = 0.0;
-  CHECK(facts.rate(r, 4) == 3.0);
+  CHECK((facts.rate(r, 4) == Rate{3.0, 0x1p126}));  // the smallest that RMS(d) counts as
+  facts.params = INFINITY;
+  CHECK(facts.rate(r, 4).size < INFINITY);
 
   r.shrink_ratio = 0.5, r.shrink_to = 1.0;
   T p = 5;

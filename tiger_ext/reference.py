@@ -32,9 +32,7 @@ def direction(c: Tensor, kind: str, kappa: float) -> Tensor:
     if kind == "clip":
         return (kappa * c).clamp(-1, 1)
     if kind == "power":
-        size = c.abs() ** kappa
-        # Of what is finite it stays finite.
-        return sign(c) * torch.where(c.isinf(), size, size.clamp(max=torch.finfo(c.dtype).max))
+        return sign(c) * c.abs() ** kappa
     if kind == "atan":
         return (2 / math.pi) * torch.atan(kappa * c)
     return sign(c)
@@ -60,12 +58,18 @@ def relative_rate(lr: float | Tensor, param: Tensor, floor: float) -> Tensor:
     return (lr * size).clamp(max=torch.finfo(param.dtype).max).to(param.dtype)
 
 
-def unit_direction(d: Tensor) -> Tensor:
-    """Return each unit of a direction divided by its RMS.
+def unit_direction(c: Tensor, kind: str, kappa: float) -> Tensor:
+    """Return each unit of the direction of ``c`` divided by its RMS, which is 1 for a sign.
 
     That counts as no less than the smallest normal float32, below which a direction is more of
     rounding errors than of anything else: it fades.
     """
+    d = direction(c, kind, kappa)
+    if kind == "sign":
+        return d
+    if kind == "power":  # what is finite does not overflow
+        most = torch.finfo(d.dtype).max
+        d = torch.where(c.isinf(), d, d.clamp(-most, most))
     factor = 1 / mean_square(d).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
     return factor.to(d.dtype) * d
 
@@ -114,12 +118,12 @@ def sign_momentum(
     lr = use.lr
     decay = lr * use.weight_decay
     c = beta1 * exp_avg + weight1 * grad
-    d = direction(c, use.direction, use.direction_scale)
-    if use.rms_floor is not None:
+    if use.rms_floor is None:
+        d = direction(c, use.direction, use.direction_scale)
+    else:
+        d = unit_direction(c, use.direction, use.direction_scale)
         lr = relative_rate(lr, param, use.rms_floor)
         decay = (lr * use.weight_decay).clamp(max=1)  # at most all of the parameter
-        if use.direction != "sign":  # whose RMS counts as 1
-            d = unit_direction(d)
     param = (1 - decay) * param - lr * d
     exp_avg = beta2 * exp_avg + weight2 * grad
     return param, [exp_avg]

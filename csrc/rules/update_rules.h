@@ -148,9 +148,7 @@ TIGER_EXT_INLINE T direction_of(T c, T kappa) {
     const T x = kappa * c;
     return x > T(1) ? T(1) : x < T(-1) ? T(-1) : x;
   } else if constexpr (kDirection == Direction::kPower) {
-    const T size = std::abs(c), power = std::pow(size, kappa);
-    // Of what is finite it stays finite.
-    return sign(c) * (power > largest<T>() && size <= largest<T>() ? largest<T>() : power);
+    return sign(c) * std::pow(std::abs(c), kappa);
   } else {
     return static_cast<T>(0.63661977236758134308) * std::atan(kappa * c);
   }
@@ -173,7 +171,7 @@ struct Momentum {
   T grad_factor, decay, lr, beta1, beta2, weight1, weight2;
   T weight_decay, direction_scale, direction_factor;
   Direction direction;
-  bool moves;
+  bool moves, relative;
 
   Momentum() = default;
   TIGER_EXT_INLINE explicit Momentum(const RuleParams& r)
@@ -188,15 +186,16 @@ struct Momentum {
         direction_scale(static_cast<T>(r.direction_scale)),
         direction_factor(T(1)),
         direction(r.direction),
-        moves(r.moves) {
-    if (r.scale != Scale::kNone) scale(r.rate);
+        moves(r.moves),
+        relative(r.scale != Scale::kNone) {
+    if (relative) scale(r.rate);
   }
 
   // The rule with a relative learning rate. However large that is, the decay takes no more than
   // all of the parameter.
   TIGER_EXT_INLINE void scale(const Rate& rate) {
-    const double relative = static_cast<double>(lr) * rate.size;
-    lr = relative > static_cast<double>(largest<T>()) ? largest<T>() : static_cast<T>(relative);
+    const double scaled = static_cast<double>(lr) * rate.size;
+    lr = scaled > static_cast<double>(largest<T>()) ? largest<T>() : static_cast<T>(scaled);
     const T share = lr * weight_decay;
     decay = share > T(1) ? T(0) : T(1) - share;
     direction_factor = static_cast<T>(rate.direction);
@@ -207,7 +206,7 @@ struct Momentum {
   // The direction of one element, before its update.
   template <Direction kDirection>
   TIGER_EXT_INLINE T direction_at(T grad, T m) const {
-    return direction_of<kDirection>(beta1 * m + weight1 * (grad_factor * grad), direction_scale);
+    return direction_for<kDirection>(beta1 * m + weight1 * (grad_factor * grad));
   }
 
   template <Direction kDirection, bool kMoves>
@@ -218,10 +217,19 @@ struct Momentum {
     m = beta2 * m + weight2 * g;
   }
 
+  // With a relative learning rate a power does not overflow: it is divided by its size.
+  template <Direction kDirection>
+  TIGER_EXT_INLINE T direction_for(T c) const {
+    const T d = direction_of<kDirection>(c, direction_scale);
+    if constexpr (kDirection == Direction::kPower)
+      if (relative && std::abs(d) > largest<T>() && std::abs(c) <= largest<T>())
+        return std::copysign(largest<T>(), c);
+    return d;
+  }
   // A sign is of size 1 already.
   template <Direction kDirection>
   TIGER_EXT_INLINE T scaled_direction(T c) const {
-    const T d = direction_of<kDirection>(c, direction_scale);
+    const T d = direction_for<kDirection>(c);
     if constexpr (kDirection == Direction::kSign) return d;
     else return direction_factor * d;
   }

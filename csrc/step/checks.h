@@ -49,9 +49,13 @@ inline bool is_plain(const at::Tensor& t) {
 // Whether the memory of a plain strided tensor is as large as its sizes and strides say. It is not
 // where a storage was resized since.
 inline bool holds_its_elements(const at::Tensor& t) {
-  if (t.numel() == 0) return true;
-  int64_t last = t.storage_offset();
-  for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
+  const int64_t count = t.numel();
+  if (count == 0) return true;
+  int64_t last = t.storage_offset() + count - 1;
+  if (!t.is_contiguous()) {
+    last = t.storage_offset();
+    for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
+  }
   return static_cast<size_t>(last + 1) * t.element_size() <= t.storage().nbytes();
 }
 

@@ -147,7 +147,11 @@ void check_looks(T tolerance) {
   CHECK(clipped.decay == T(0));
   clipped.scale({1.7e308, 1.0});
   CHECK(clipped.lr <= largest<T>());
-  CHECK((direction_of<Direction::kPower>(largest<T>(), T(2)) == largest<T>()));
+  r.direction = Direction::kPower, r.direction_scale = 2.0, r.scale = Scale::kTensor;
+  const T least = -largest<T>();
+  CHECK((Momentum<T>(r).template direction_for<Direction::kPower>(least) == least));
+  r.scale = Scale::kNone;
+  CHECK((Momentum<T>(r).template direction_for<Direction::kPower>(least) < least));
   r.direction = Direction::kSign;
 
   r.scale = Scale::kTensor, r.rms_floor = 0.5;

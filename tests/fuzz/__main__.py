@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random programs against a model in float64, and mutated state dicts; `make fuzz`.
+
+    python -m tests.fuzz --seconds 300              # both parts
+    python -m tests.fuzz --seed 7 --programs 1      # one program again
+    python -m tests.fuzz --only checkpoints         # under AddressSanitizer: see the Makefile
+    python -m tests.fuzz --without freeze,toggle    # leave out operations with known faults
+
+Exit status 1 if anything failed. Each seed is one program, or one state dict.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import selectors
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(TESTS))
+
+_PATIENCE = 120.0  # seconds for one seed
+_PARTS = ("programs", "checkpoints")
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="fuzz", description=__doc__.split("\n")[0])
+    parser.add_argument("--seconds", type=float, default=300.0, help="of all parts together")
+    parser.add_argument("--seed", type=int, help="the first; default: by the clock")
+    parser.add_argument("--programs", type=int, default=10**9, help="at most so many seeds a part")
+    parser.add_argument("--only", choices=_PARTS)
+    parser.add_argument("--without", default="", help="kinds of operations, with commas")
+    parser.add_argument("--shrink-seconds", type=float, default=10.0, help="for one failure")
+    parser.add_argument("--limit", type=int, default=40, help="failures that are printed")
+    parser.add_argument("--json", type=Path, help="where the figures go")
+    parser.add_argument("--worker", choices=_PARTS, help=argparse.SUPPRESS)
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+class Part:
+    """The seeds of one part, worked on in a process that is replaced when it ends."""
+
+    def __init__(self, name: str, first: int, arguments: argparse.Namespace) -> None:
+        self.name = name
+        self.first = self.next = first
+        self.arguments = arguments
+        self.counts: Counter[str] = Counter()
+        self.failures: list[dict[str, Any]] = []
+
+    def run(self, end: float) -> None:
+        last = self.first + self.arguments.programs
+        while time.time() < end and self.next < last:
+            self._process(end, last - self.next)
+
+    def _process(self, end: float, count: int) -> None:
+        command = [sys.executable, str(Path(__file__).resolve()), "--worker", self.name]
+        command += ["--seed", str(self.next), "--programs", str(count), "--until", str(end)]
+        command += ["--without", self.arguments.without]
+        command += ["--shrink-seconds", str(self.arguments.shrink_seconds)]
+        with tempfile.TemporaryFile("w+") as errors:
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+            case = self._listen(process)
+            process.kill()
+            status = process.wait()
+            if case is None:
+                return
+            errors.seek(0)
+            what = f"the process ended with status {status}, or was silent for {_PATIENCE} s"
+            text = "\n".join([what, *case, errors.read()[-3000:]])
+            self._failed(self.next, "crash or hang", text, "")
+            self.next += 1
+
+    def _listen(self, process: subprocess.Popen[str]) -> list[str] | None:
+        """Take in what the process says; return what it did when it fell silent."""
+        stream = process.stdout
+        assert stream is not None
+        case: list[str] | None = ["before the first seed"]
+        with selectors.DefaultSelector() as selector:
+            selector.register(stream, selectors.EVENT_READ)
+            while selector.select(_PATIENCE):
+                line = stream.readline()
+                if not line:
+                    return case
+                said = json.loads(line)
+                if "begin" in said:
+                    case = []
+                elif "case" in said:
+                    case = said["case"]
+                else:
+                    case = None
+                    self.counts.update(said["counts"])
+                    for each in said["failures"]:
+                        self._failed(said["end"], each["kind"], each["message"], each["script"])
+                    self.next = said["end"] + 1
+        return case or []
+
+    def _failed(self, seed: int, kind: str, message: str, script: str) -> None:
+        failure = dict(part=self.name, seed=seed, kind=kind, message=message, script=script)
+        self.failures.append(failure)
+        print(f"{self.name}: seed {seed} failed: {kind}", flush=True)
+
+    def report(self, limit: int) -> None:
+        """Print the shortest program of each kind of failure, and the seeds of all."""
+        by_kind: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        for failure in self.failures:
+            by_kind[failure["kind"]].append(failure)
+        for kind, failures in sorted(by_kind.items(), key=lambda item: -len(item[1]))[:limit]:
+            shortest = min(failures, key=lambda f: len(f["script"]))
+            seeds = sorted({f["seed"] for f in failures})
+            print(f"\n--- {self.name}: {kind}\nseeds {', '.join(map(str, seeds[:30]))}")
+            print(f"again: python -m tests.fuzz --only {self.name} --seed {shortest['seed']}", end="")
+            print(f" --programs 1\n{shortest['script'] or shortest['message']}")
+
+    def figures(self) -> dict[str, Any]:
+        return {
+            "seeds": [self.first, self.next - 1],
+            **{k: v for k, v in sorted(self.counts.items())},
+            "failures": len(self.failures),
+            "kinds of failures": dict(Counter(f["kind"] for f in self.failures)),
+        }
+
+
+def main() -> int:
+    arguments = options()
+    if arguments.worker:
+        from fuzz.work import Work
+
+        without = tuple(filter(None, arguments.without.split(",")))
+        seeds = range(arguments.seed, arguments.seed + arguments.programs)
+        Work(arguments.worker, without, arguments.shrink_seconds).until(arguments.until, seeds)
+        return 0
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    first = int(time.time()) % 10**8 * 10 if arguments.seed is None else arguments.seed
+    names = [arguments.only] if arguments.only else list(_PARTS)
+    parts = []
+    for name in names:
+        parts.append(Part(name, first, arguments))
+        print(f"{name}: from seed {first}", flush=True)
+        parts[-1].run(time.time() + arguments.seconds / len(names))
+    for part in parts:
+        part.report(arguments.limit)
+    figures = {part.name: part.figures() for part in parts}
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+    failed = sum(len(part.failures) for part in parts)
+    for part in parts:
+        c = part.counts
+        print(
+            f"{part.name}: seeds {part.first} to {part.next - 1}: {c[part.name]} {part.name}, "
+            f"{c['steps']} steps, {c['faults']} faults injected, {c['refused']} inputs refused, "
+            f"{len(part.failures)} failures; "
+            + ("nothing lost" if not part.failures else "see above")
+        )
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

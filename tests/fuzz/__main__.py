@@ -116,7 +116,9 @@ class Part:
             shortest = min(failures, key=lambda f: len(f["script"]))
             seeds = sorted({f["seed"] for f in failures})
             print(f"\n--- {self.name}: {kind}\nseeds {', '.join(map(str, seeds[:30]))}")
-            print(f"again: python -m tests.fuzz --only {self.name} --seed {shortest['seed']}", end="")
+            print(
+                f"again: python -m tests.fuzz --only {self.name} --seed {shortest['seed']}", end=""
+            )
             print(f" --programs 1\n{shortest['script'] or shortest['message']}")
 
     def figures(self) -> dict[str, Any]:

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fuzz.execute import Execution, Failure, caught, snapshot
+from fuzz.execute import Execution, caught
 from fuzz.generate import KINDS, Generator
+from fuzz.observe import Failure, snapshot
+from fuzz.operations import Run
 from fuzz.program import Program
 from fuzz.shrink import shrink, shrink_list
 
@@ -70,7 +72,8 @@ _OPTIONS = {
     "fused": "1 | 'no'",
     "capturable": "None | 1",
     "history": """
-    "" | "2 0 1" | "nan 0" | "inf 0" | "-1.0 0.0" | "0.0 5.0" | "2.5 0.0" | "1e300 0.0" | "a b" | None
+    "" | "2 0 1" | "nan 0" | "inf 0" | "-1.0 0.0"
+    "0.0 5.0" | "2.5 0.0" | "1e300 0.0" | None | "a b"
     "3.0 0.0 1.0 nan 0.1 0.9 0.9" | "3.0 0.0 1.0 0.1 -0.1 0.9 0.9" | "3.0 0.0 1.0 0.1 0.1 1.5 0.9"
     "3.0 0.0 1.0 50.0 0.1 0.9 0.9" | "3.0 0.0 2.0 0.1 0.1 0.9 0.9 1.0 0.1 0.1 0.9 0.9" | 5 | [1.0]
     "3.0 0.0 9.0 0.1 0.1 0.9 0.9" | "2147483647.0 0.0" | "2147483648.0 0.0" | "9e15 0.0" | {}
@@ -83,7 +86,8 @@ _GROUPS = """
 saved["param_groups"].pop() | saved["param_groups"] = [] | saved["param_groups"] = None
 saved["param_groups"].append(saved["param_groups"][0]) | saved["param_groups"][0] = None
 saved["param_groups"].reverse() | del saved["state"] | saved["state"] = None | saved["state"] = []
-saved["state"][99] = {} | saved["state"]["x"] = {"exp_avg": torch.zeros(2)} | saved = {} | saved = None
+saved["state"][99] = {} | saved["state"]["x"] = {"exp_avg": torch.zeros(2)}
+saved = {} | saved = None
 saved["param_groups"][0]["params"].append(98) | saved["param_groups"][0]["params"].pop()
 saved["param_groups"][0]["params"] = [0] * len(saved["param_groups"][0]["params"])
 saved["param_groups"][0]["params"] = None | saved["param_groups"][0]["params"] = ["a"]
@@ -143,7 +147,8 @@ class Mutations:
 
     def missing_option(self) -> str:
         i = self._group()
-        return f'saved["param_groups"][{i}].pop({self.random.choice(list(self.saved["param_groups"][i]))!r})'
+        key = self.random.choice(list(self.saved["param_groups"][i]))
+        return f'saved["param_groups"][{i}].pop({key!r})'
 
     def structure(self) -> str:
         return self.random.choice(_choices(_GROUPS))
@@ -203,7 +208,9 @@ def case_of(seed: int, counts: Counter[str]) -> Case | None:
         case.changes.append(line)
     for _ in range(4):
         case.uses += _step_lines(rng, execution, generator)
-        case.uses.append(rng.choice(["opt.flush(progress=False)", "str(tiger_ext.health_report(opt))"]))
+        case.uses.append(
+            rng.choice(["opt.flush(progress=False)", "str(tiger_ext.health_report(opt))"])
+        )
         case.uses += [_read_line(rng, n) for n in execution.tracked if _readable(execution, n)]
     case.uses += ["opt.flush(progress=False)", "opt.load_state_dict(opt.state_dict())"]
     return case
@@ -232,7 +239,7 @@ def _step_lines(rng: random.Random, execution: Execution, generator: Generator) 
 
 def _prepared(case: Case) -> Execution:
     """Run a case's program, save, and construct what to load into."""
-    execution = Execution(case.program)
+    execution = Run(case.program)
     execution.run()
     execution.do(f"ps = [{execution._all_names()}]")
     execution.do("saved = copy.deepcopy(opt.state_dict())")
@@ -302,7 +309,7 @@ def shrink_case(case: Case, kind: str, seconds: float) -> Case:
     end = time.monotonic() + seconds
     for name in ("changes", "uses"):
         lines = shrink_list(
-            getattr(case, name), lambda rest, n=name: fails(replace(case, **{n: rest})), end
+            getattr(case, name), lambda rest, c=case, n=name: fails(replace(c, **{n: rest})), end
         )
         case = replace(case, **{name: lines})
     program = shrink(
@@ -312,7 +319,9 @@ def shrink_case(case: Case, kind: str, seconds: float) -> Case:
 
 
 def _finite_parameters(execution: Execution) -> bool:
-    return all(bool(execution.names[n].isfinite().all()) for g in execution.groups for n in g.params)
+    return all(
+        bool(execution.names[n].isfinite().all()) for g in execution.groups for n in g.params
+    )
 
 
 def _finite(saved: Any) -> bool:

@@ -184,7 +184,9 @@ class Generator:
             if options["rows"] == "nonzero" or rng.random() < 0.2:
                 out["zero_rows"] = sorted(rng.sample(range(6), rng.choice([1, 2, 4])))
         odds = 0.02 if options["nonfinite"] == "propagate" else 0.15
-        if rng.random() < odds and not (options["nonfinite"] == "propagate" and options.get("scale")):
+        if rng.random() < odds and not (
+            options["nonfinite"] == "propagate" and options.get("scale")
+        ):
             out["bad"] = rng.choice(["nan", "inf", "-inf"])
         return Grad(kind, out)
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The rules of the specification in float64, taken literally: every step visits every element.
 
-Nothing is shared with the package. A row that a lazy mode leaves behind takes each skipped step here
-at once; the product is compared where its rows are current. Every value carries a bound of the
+Nothing is shared with the package. A row that a lazy mode leaves behind takes each skipped step
+here at once; the product is compared where its rows are current. Every value carries a bound of the
 rounding errors of the product's arithmetic; where a direction's argument may be 0 within its bound,
 the parameter's bound covers both signs. What was compared is taken over, so bounds do not grow.
 """

@@ -2,8 +2,8 @@
 """Programs as plain data, and the text of their parts.
 
 A program names an optimizer class, its groups and a list of operations. Parameters are called a, b,
-c, ... and groups by their number; an operation on what does not exist does nothing, so that any part
-of a program can be taken away.
+c, ... and groups by their number; an operation on what does not exist does nothing, so that any
+part of a program can be taken away.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Grad:
 
 @dataclass
 class Op:
-    """An operation: see ``execute.Execution``, which has a method for each kind."""
+    """An operation: see ``operations.Run``, which has a method for each kind."""
 
     kind: str
     options: dict[str, Any] = field(default_factory=dict)

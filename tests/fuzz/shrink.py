@@ -14,7 +14,7 @@ Fails = Callable[[Program], bool]
 
 
 def shrink_list(items: list[str], fails: Callable[[list[str]], bool], end: float) -> list[str]:
-    """Return the items without those whose absence leaves the failure, until the clock's ``end``."""
+    """Return the items without those that the failure does not need; ``end``: when to stop."""
     size = len(items)
     while size >= 1:
         start = 0
@@ -38,7 +38,7 @@ def shrink(program: Program, fails: Fails, seconds: float) -> Program:
     """
     end = time.monotonic() + seconds
     for name in _names(program):  # one parameter is most often enough
-        if fails(smaller := _only(program, name)):
+        if fails(smaller := _without(program, [n for n in _names(program) if n != name])):
             program = smaller
             break
     going = True
@@ -56,7 +56,7 @@ def shrink(program: Program, fails: Fails, seconds: float) -> Program:
 def _smaller(program: Program) -> Iterator[Program]:
     """Yield smaller programs, what takes away most first."""
     count = len(program.ops)
-    size = count // 2
+    size = count
     while size >= 1:
         for start in range(0, count, size):
             yield _changed(program, lambda p, a=start, n=size: p.ops.__delitem__(slice(a, a + n)))
@@ -66,7 +66,7 @@ def _smaller(program: Program) -> Iterator[Program]:
             yield _without_group(program, i)
     for name in _names(program):
         if len(_names(program)) > 1:
-            yield _changed(program, lambda p, n=name: _remove(p, n))
+            yield _without(program, [name])
     for i, op in enumerate(program.ops):
         for name in op.grads:
             yield _changed(program, lambda p, i=i, n=name: p.ops[i].grads.pop(n))
@@ -103,18 +103,13 @@ def _names(program: Program) -> list[str]:
     return [p.name for group in _groups(program) for p in group.params]
 
 
-def _remove(program: Program, name: str) -> None:
-    for group in _groups(program):
-        group.params = [p for p in group.params if p.name != name]
-    for op in program.ops:
-        op.grads.pop(name, None)
-
-
-def _only(program: Program, name: str) -> Program:
+def _without(program: Program, names: list[str]) -> Program:
     smaller = copy.deepcopy(program)
-    for other in _names(program):
-        if other != name:
-            _remove(smaller, other)
+    for group in _groups(smaller):
+        group.params = [p for p in group.params if p.name not in names]
+    for op in smaller.ops:
+        for name in names:
+            op.grads.pop(name, None)
     for i in reversed(range(len(smaller.groups))):
         if not smaller.groups[i].params:
             smaller = _without_group(smaller, i)
@@ -158,8 +153,6 @@ def _simpler_parameter(program: Program, name: str) -> Iterator[Program]:
     if old.dtype != "f32":
         simpler.append(("dtype", "f32"))
     for d, n in enumerate(old.shape):
-        simpler += [
-            ("shape", (*old.shape[:d], m, *old.shape[d + 1 :])) for m in (1, 2, 3) if m < n
-        ]
+        simpler += [("shape", (*old.shape[:d], m, *old.shape[d + 1 :])) for m in (1, 2, 3) if m < n]
     for attribute, value in simpler:
         yield _changed(program, lambda p, a=attribute, v=value: setattr(find(p), a, v))

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 
 from fuzz import checkpoints
-from fuzz.execute import Failure, failure_of, script
+from fuzz.execute import script
 from fuzz.generate import generate
+from fuzz.observe import Failure
+from fuzz.operations import failure_of
 from fuzz.shrink import shrink
 
 _SHRUNK = 2  # programs of a kind that are shrunk in one process
@@ -29,6 +31,8 @@ class Work:
         self.without = without
         self.shrink_seconds = shrink_seconds
         self.kinds: Counter[str] = Counter()
+        self.begin = time.time()
+        self.shrinking = 0.0  # seconds
         torch.set_num_threads(1)
 
     def until(self, end: float, seeds: range) -> None:
@@ -43,11 +47,14 @@ class Work:
             print(json.dumps({"end": seed, "counts": counts, "failures": failures}), flush=True)
 
     def _may_shrink(self, failure: Failure, end: float) -> float:
-        """Return the seconds there are for shrinking a failure."""
+        """Return the seconds there are for shrinking a failure; a third of the time is."""
         self.kinds[failure.kind] += 1
-        if self.kinds[failure.kind] > _SHRUNK:
+        spare = (time.time() - self.begin) / 3 + self.shrink_seconds - self.shrinking
+        if self.kinds[failure.kind] > _SHRUNK or spare < 1.0:
             return 0.0
-        return max(2.0, min(self.shrink_seconds, end - time.time()))
+        seconds = max(1.0, min(self.shrink_seconds, spare, end - time.time()))
+        self.shrinking += seconds
+        return seconds
 
     def program(self, seed: int, counts: Counter[str], end: float) -> list[dict[str, Any]]:
         """Run the program of a seed on the native kernels and on the reference."""

@@ -241,7 +241,7 @@ def _prepared(case: Case) -> Execution:
     """Run a case's program, save, and construct what to load into."""
     execution = Run(case.program)
     execution.run()
-    execution.do(f"ps = [{execution._all_names()}]")
+    execution.do(f"ps = [{', '.join(execution.all_names())}]")
     execution.do("saved = copy.deepcopy(opt.state_dict())")
     if case.fresh:
         execution.do(execution._constructor())

@@ -108,8 +108,9 @@ class Execution:
             self.training[p.name] = True
         self.groups.append(group)
 
-    def _constructor(self) -> str:
-        groups = ", ".join(spec.text() for spec in self.specs)
+    def _constructor(self, bare: bool = False) -> str:
+        """Return the line that makes the optimizer; ``bare``: state dicts know the options."""
+        groups = ", ".join(spec.text(bare) for spec in self.specs)
         return f"opt = build({self.program.cls!r}, [{groups}], fused={self.program.fused})"
 
     def _track(self) -> None:
@@ -124,8 +125,8 @@ class Execution:
     def _group_of(self, name: str) -> model.Group | None:
         return next((g for g in self.groups if name in g.params), None)
 
-    def _all_names(self) -> str:
-        return ", ".join(n for g in self.groups for n in g.params)
+    def all_names(self) -> list[str]:
+        return [n for g in self.groups for n in g.params]
 
     # --------------------------------------------------------------------------- comparing
 

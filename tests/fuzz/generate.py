@@ -123,7 +123,7 @@ class Generator:
         if kind == "freeze":
             return Op("freeze", dict(name=name, frozen=rng.random() < 0.5))
         if kind == "load":
-            return Op("load", dict(file=rng.random() < 0.5))
+            return Op("load", dict(file=rng.random() < 0.5, bare=rng.random() < 0.4))
         if kind == "copy":
             return Op("copy", dict(pickle=rng.random() < 0.5))
         if kind == "toggle":
@@ -134,13 +134,17 @@ class Generator:
 
     def setting(self) -> dict[str, Any]:
         rng = self.random
-        key = rng.choice(["lr", "lr", "weight_decay", "betas", "eps"])
-        values = dict(
+        values: dict[str, list[Any]] = dict(
             lr=[0.005, 0.05, 0.2],
             weight_decay=[0.0, 0.05, 0.4],
             betas=[(0.8, 0.9), (0.4, 0.97), (0.95, 0.7)],
             eps=[1e-6, 1e-3],
+            maximize=[True, False],
+            rows=[None, "nonzero"],
+            shrink_ratio=[0.9, 0.0],
+            direction_scale=[0.7, 2.0],
         )
+        key = rng.choice(["lr", "lr", "lr", *values])
         return dict(key=key, value=rng.choice(values[key]))
 
     def step(self) -> Op:
@@ -176,10 +180,12 @@ class Generator:
             out["nnz"] = rng.choice([0, 1, 2, 3, 6, 700 if len(self.params) < 4 else 9])
             if rng.random() < 0.3:
                 out["coalesced"] = True
+            elif rng.random() < 0.1:
+                out["expanded"] = True
             if rng.random() < 0.5:
                 out["below"] = 3
         else:
-            if (layout := rng.choice(_LAYOUTS)) != "contiguous":
+            if (layout := rng.choice([*_LAYOUTS, "expanded"])) != "contiguous":
                 out["layout"] = layout
             if options["rows"] == "nonzero" or rng.random() < 0.2:
                 out["zero_rows"] = sorted(rng.sample(range(6), rng.choice([1, 2, 4])))

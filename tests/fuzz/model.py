@@ -247,7 +247,7 @@ class Group:
 
     def _gather(self, p: Parameter, g: Gradient) -> None:
         (beta,) = self.options["betas"]
-        factor = torch.where(p.in_window, 1.0, beta)
+        factor = torch.where(p.in_window, torch.ones(()).double(), beta)
         weight = (1 - beta) / self.accumulation
         p.exp_avg.put(g.touched, self._mix(p, p.exp_avg, factor, g.sum, weight))
         p.in_window |= g.touched

@@ -66,6 +66,8 @@ class Run(Steps):
         if i >= len(self.groups) or key not in self.groups[i].options:
             return
         group = self.groups[i]
+        if key == "rows" and group.accumulation > 1:
+            return  # a window's gradients keep their rows
         if key == "betas":
             if group.options["betas"][0] == 0:
                 return  # what is stored would change
@@ -105,7 +107,7 @@ class Run(Steps):
         saved = "opt.state_dict()"
         saved = f"through_file({saved})" if op.options["file"] else saved
         self.do(f"saved = {saved}")
-        self.do(self._constructor())
+        self.do(self._constructor(bare=op.options["bare"]))
         self.do("opt.load_state_dict(saved)")
         self.unchanged(before, "saving and loading")
         self._track()
@@ -113,7 +115,7 @@ class Run(Steps):
     def op_copy(self, op: Op) -> None:
         before = snapshot(self.optimizer)
         how = "through_pickle" if op.options["pickle"] else "through_copy"
-        everything = f"{self._all_names()}, opt"
+        everything = ", ".join([*self.all_names(), "opt"])
         self.do(f"{everything} = {how}({everything})")
         self.unchanged(before, how)
         self._track()

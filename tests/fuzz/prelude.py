@@ -41,17 +41,32 @@ def dense(p, seed, dtype="f32", layout="contiguous", zero_rows=(), bad=None):
             g[row] = 0
     if bad is not None and g.numel():
         g.view(-1)[seed % g.numel()] = float(bad)
+    if layout == "expanded" and g.dim():  # as the backward pass of a sum makes it
+        return g[:1].expand(g.shape)
     return lay_out(g, layout)
 
 
-def sparse(p, seed, dims=1, nnz=3, dtype="f32", coalesced=False, below=None, bad=None, index=None):
+def sparse(
+    p,
+    seed,
+    dims=1,
+    nnz=3,
+    dtype="f32",
+    coalesced=False,
+    expanded=False,
+    below=None,
+    bad=None,
+    index=None,
+):
     """Return a COO gradient; ``index`` is put in place of the last entry's row."""
     random = torch.Generator().manual_seed(seed)
     sizes = [n if below is None else min(n, below) for n in p.shape[:dims]]
     nnz = nnz if all(sizes) else 0
     indices = torch.stack([torch.randint(max(n, 1), (nnz,), generator=random) for n in sizes])
     values = numbers(seed, (nnz, *p.shape[dims:])).to(FLOATS[dtype])
-    if bad is not None and values.numel():
+    if expanded and nnz:
+        values = values[:1].expand(values.shape)
+    elif bad is not None and values.numel():
         values.view(-1)[seed % values.numel()] = float(bad)
     g = torch.sparse_coo_tensor(indices, values, p.shape)
     g = g.coalesce() if coalesced else g

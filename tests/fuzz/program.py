@@ -54,9 +54,10 @@ class GroupSpec:
     params: list[Param]
     options: dict[str, Any] = field(default_factory=dict)
 
-    def text(self) -> str:
+    def text(self, bare: bool = False) -> str:
         names = "[" + ", ".join(p.name for p in self.params) + "]"
-        options = "".join(f", {k}={v!r}" for k, v in self.options.items())
+        kept = {k: v for k, v in self.options.items() if not bare or k == "algorithm"}
+        options = "".join(f", {k}={v!r}" for k, v in kept.items())
         return f"dict(params={names}{options})"
 
 

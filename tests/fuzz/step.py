@@ -19,18 +19,19 @@ class Steps(Execution):
     """An execution that knows steps."""
 
     def op_step(self, op: Op) -> None:
-        for name in (n for g in self.groups for n in g.params):
+        for name in self.all_names():
             grad = op.grads.get(name)
             self.do(f"give({name}, {'None' if grad is None else grad.text(name)})")
         if op.options.get("clip"):
             self._clip(op.options["clip"])
         fault = op.options.get("fault")
-        if fault and self._fault(fault, op):
+        grads = {n: self.names[n].grad for n in self.all_names()}
+        if fault and not self._layouts_clash(grads) and self._fault(fault, op):
             self.counts["faults"] += 1
         amp = op.options.get("amp")
         if amp is not None:
             scale, bad = amp
-            for name in (n for g in self.groups for n in g.params):
+            for name in self.all_names():
                 if name in op.grads:
                     self.do(f"give({name}, {name}.grad * {scale})")
             self.do(f"opt.grad_scale, opt.found_inf = torch.tensor({scale}), torch.tensor({bad})")
@@ -39,7 +40,7 @@ class Steps(Execution):
             self.do("opt.grad_scale = opt.found_inf = None")
 
     def _step(self, cancelled: bool) -> None:
-        grads = {n: self.names[n].grad for g in self.groups for n in g.params}
+        grads = {n: self.names[n].grad for n in self.all_names()}
         clash = self._layouts_clash(grads)
         self._raises(grads, expected=not cancelled and not clash)
         before = snapshot(self.optimizer)
@@ -129,7 +130,7 @@ class Steps(Execution):
                     )
 
     def _clip(self, norm: float) -> None:
-        names = [n for g in self.groups for n in g.params]
+        names = self.all_names()
         if any(
             self.names[n].grad is not None
             and not bool(elements(self.names[n].grad).isfinite().all())
@@ -138,7 +139,7 @@ class Steps(Execution):
             return
         grads = {n: self.names[n].grad for n in names if self.names[n].grad is not None}
         wanted = {n: summed(g) for n, g in grads.items()}
-        self.do(f"norm = tiger_ext.clip_grad_norm_([{self._all_names()}], {norm})")
+        self.do(f"norm = tiger_ext.clip_grad_norm_([{', '.join(names)}], {norm})")
         total = float(sum((w.square().sum() for w in wanted.values()), torch.zeros(()))) ** 0.5
         if abs(float(self.names["norm"]) - total) > 4e-3 * total + 1e-6:
             raise Failure("clip: norm", f"norm is {float(self.names['norm'])}, expected {total}")

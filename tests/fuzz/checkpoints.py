@@ -245,7 +245,7 @@ def _prepared(case: Case) -> Execution:
     execution.do("saved = copy.deepcopy(opt.state_dict())")
     if case.fresh:
         execution.do(execution._constructor())
-        execution._track()
+        execution._track_all()
     return execution
 
 

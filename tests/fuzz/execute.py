@@ -41,7 +41,7 @@ class Execution:
         for spec in self.specs:
             self._add_model(spec)
         self.do(self._constructor())
-        self._track()
+        self._track_all()
 
     # ---------------------------------------------------------------------------- executing
 
@@ -113,14 +113,16 @@ class Execution:
         groups = ", ".join(spec.text(bare) for spec in self.specs)
         return f"opt = build({self.program.cls!r}, [{groups}], fused={self.program.fused})"
 
-    def _track(self) -> None:
-        self.used = {}
-        self.tracked = [n for g in self.groups for n in g.params if self._has_rows(n)]
-        for name in self.tracked:
-            self.do(f"read_{name} = track(opt, {name})")
+    def _track_all(self) -> None:
+        """Track all tables, as a new optimizer or a copy needs."""
+        self.used, self.tracked = {}, []
+        for name in self.all_names():
+            self._track(name)
 
-    def _has_rows(self, name: str) -> bool:
-        return self.names[name].dim() >= 1
+    def _track(self, name: str) -> None:
+        if self.names[name].dim() >= 1:
+            self.tracked.append(name)
+            self.do(f"read_{name} = track(opt, {name})")
 
     def _group_of(self, name: str) -> model.Group | None:
         return next((g for g in self.groups if name in g.params), None)

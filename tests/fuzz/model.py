@@ -143,10 +143,11 @@ class Group:
         self.micro_steps = 0 if closes else self.micro_steps + 1
         self.steps += closes
 
-    def close_window(self) -> None:
+    def close_window(self, training: dict[str, bool]) -> None:
+        """End an open accumulation window early."""
         if self.micro_steps:
             self.micro_steps = self.accumulation - 1
-            self.step({}, dict.fromkeys(self.params, True), {})
+            self.step({}, training, {})
 
     def _step_parameter(self, p: Parameter, g: Any, used: Tensor | None, closes: bool) -> None:
         adamw = self.options["algorithm"] == "adamw"

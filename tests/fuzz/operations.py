@@ -29,14 +29,15 @@ class Run(Steps):
             f"with torch.set_grad_enabled({training}): values = read_{name}(torch.tensor({ids}))"
         )
         if not self.training[name]:
-            self._same_parameters(before, "a read of a frozen parameter")
+            self._frozen_unchanged(before, "a read of a frozen parameter")
         if training:
             self.used.setdefault(name, set()).update(ids)
         must = torch.zeros(self.names[name].shape, dtype=torch.bool)
         must[ids] = group.lazy != "frozen" and self.training[name]
         self.compare("a read", {name: must})
 
-    def _same_parameters(self, before: dict[str, Any], by: str, only: str | None = None) -> None:
+    def _frozen_unchanged(self, before: dict[str, Any], by: str) -> None:
+        """Check that no frozen parameter was changed."""
         after = snapshot(self.optimizer)
         for i, group in enumerate(self.groups):
             for j, name in enumerate(group.params):
@@ -47,7 +48,7 @@ class Run(Steps):
     def op_flush(self, op: Op) -> None:
         before = snapshot(self.optimizer)
         self.do("opt.flush(progress=False)")
-        self._same_parameters(before, "a flush with a frozen parameter")
+        self._frozen_unchanged(before, "a flush with a frozen parameter")
         must = {}
         for group in self.groups:
             for name, p in group.params.items():
@@ -110,7 +111,7 @@ class Run(Steps):
         self.do(self._constructor(bare=op.options["bare"]))
         self.do("opt.load_state_dict(saved)")
         self.unchanged(before, "saving and loading")
-        self._track()
+        self._track_all()
 
     def op_copy(self, op: Op) -> None:
         before = snapshot(self.optimizer)
@@ -118,7 +119,7 @@ class Run(Steps):
         everything = ", ".join([*self.all_names(), "opt"])
         self.do(f"{everything} = {how}({everything})")
         self.unchanged(before, how)
-        self._track()
+        self._track_all()
 
     def op_add(self, op: Op) -> None:
         spec: GroupSpec = op.options["spec"]
@@ -127,7 +128,8 @@ class Run(Steps):
         self._add_model(spec)
         self.specs = [*self.specs, spec]
         self.do(f"opt.add_param_group({spec.text()} | dict(fused={self.program.fused}))")
-        self._track()
+        for p in spec.params:
+            self._track(p.name)
 
     def op_health(self, op: Op) -> None:
         before = snapshot(self.optimizer)
@@ -139,7 +141,7 @@ class Run(Steps):
             return
         self.do("opt.close_window()")
         for group in self.groups:
-            group.close_window()
+            group.close_window(self.training)
         self.compare("close_window", {})
 
 

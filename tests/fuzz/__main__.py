@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 TESTS = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(TESTS))
+# `python tests/fuzz` puts this folder first, where its modules would hide others of their names.
+sys.path[:] = [str(TESTS), *(p for p in sys.path if Path(p).resolve() != TESTS / "fuzz")]
 
 _PATIENCE = 120.0  # seconds for one seed
 _PARTS = ("programs", "checkpoints")

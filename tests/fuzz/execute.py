@@ -110,8 +110,8 @@ class Execution:
 
     def _constructor(self, bare: bool = False) -> str:
         """Return the line that makes the optimizer; ``bare``: state dicts know the options."""
-        groups = ", ".join(spec.text(bare) for spec in self.specs)
-        return f"opt = build({self.program.cls!r}, [{groups}], fused={self.program.fused})"
+        groups = ", ".join(spec.text(self.program.fused, bare) for spec in self.specs)
+        return f"opt = build({self.program.cls!r}, [{groups}])"
 
     def _track_all(self) -> None:
         """Track all tables, as a new optimizer or a copy needs."""

@@ -127,7 +127,7 @@ class Run(Steps):
             return
         self._add_model(spec)
         self.specs = [*self.specs, spec]
-        self.do(f"opt.add_param_group({spec.text()} | dict(fused={self.program.fused}))")
+        self.do(f"opt.add_param_group({spec.text(self.program.fused)})")
         for p in spec.params:
             self._track(p.name)
 

@@ -54,10 +54,13 @@ class GroupSpec:
     params: list[Param]
     options: dict[str, Any] = field(default_factory=dict)
 
-    def text(self, bare: bool = False) -> str:
+    def text(self, fused: bool | None, bare: bool = False) -> str:
+        """Return the group as it is written; ``bare``: without what state dicts know."""
         names = "[" + ", ".join(p.name for p in self.params) + "]"
         kept = {k: v for k, v in self.options.items() if not bare or k == "algorithm"}
         options = "".join(f", {k}={v!r}" for k, v in kept.items())
+        # A group of another algorithm than the optimizer's does not take the optimizer's `fused`.
+        options += "" if fused is None else f", fused={fused}"
         return f"dict(params={names}{options})"
 
 

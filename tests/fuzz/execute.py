@@ -184,7 +184,8 @@ class Execution:
         finite = e.value.isfinite() & got.isfinite()
         same = (got == e.value) | (got.isnan() & e.value.isnan()) | (e.error == float("inf"))
         adamw = what != "parameter" and ~got.isfinite() & ~e.value.isfinite()
-        right = same | (finite & ((got - e.value).abs() <= allowed)) | adamw
+        overflows = ~got.isfinite() & (e.value.abs() + allowed >= torch.finfo(dtype).max)
+        right = same | (finite & ((got - e.value).abs() <= allowed)) | adamw | overflows
         wrong = current & ~right
         if bool(wrong.any()):
             at = tuple(wrong.nonzero()[0].tolist())
@@ -194,7 +195,7 @@ class Execution:
                 f"{float(e.value[at])!r} +- {float(allowed[at]):.2g} "
                 f"({int(wrong.sum())} of {wrong.numel()} elements are wrong)",
             )
-        taken = current & got.isfinite() | current & (e.error == float("inf"))
+        taken = current & (got.isfinite() | overflows | (e.error == float("inf")))
         e.put(taken, model.Estimate(got, torch.zeros_like(got)))
 
 

@@ -28,6 +28,8 @@ KINDS = {
     "schedule": 1,
     "toggle": 1,
     "add": 1,
+    "edit": 1,
+    "clear": 1,
     "health": 1,
     "close": 1,
 }
@@ -128,6 +130,8 @@ class Generator:
             return Op("copy", dict(pickle=rng.random() < 0.5))
         if kind == "toggle":
             return Op("toggle", dict(group=group, lazy=rng.choice(["frozen", "decay", "exact"])))
+        if kind in ("edit", "clear"):
+            return Op(kind, dict(name=name))
         if kind == "add" and len(self.params) < 20:
             return Op("add", dict(spec=self.group(cls)))
         return Op("flush" if kind == "add" else kind)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fuzz.model import Estimate, Parameter
 from fuzz.observe import Failure, snapshot
 from fuzz.program import GroupSpec, Op, Program, value_of
 from fuzz.step import Steps
@@ -130,6 +131,35 @@ class Run(Steps):
         self.do(f"opt.add_param_group({spec.text(self.program.fused)})")
         for p in spec.params:
             self._track(p.name)
+
+    def op_edit(self, op: Op) -> None:
+        """Let others write a parameter while its rows are current."""
+        name = op.options["name"]
+        group = self._group_of(name)
+        if group is None or not self.training[name]:
+            return
+        self.op_flush(op)
+        self.do(f"with torch.no_grad(): {name}.mul_(0.5)")
+        p = group.params[name]
+        p.value = Estimate.exact(p.value.value * 0.5)
+        self.compare("an edit", {})
+
+    def op_clear(self, op: Op) -> None:
+        """Drop the state of a parameter: what it has not caught up with is forgotten."""
+        name = op.options["name"]
+        group = self._group_of(name)
+        if group is None or group.micro_steps or not self.training[name]:
+            return
+        if self.names[name] not in self.optimizer.state:
+            return
+        p = group.params[name]
+        if group.lazy == "frozen":
+            p.steps = 0
+        elif p.steps not in (0, group.steps):  # AdamW counts the group's steps in a lazy mode
+            return
+        self.do(f"del opt.state[{name}]")
+        group.params[name] = cleared = Parameter.of(self.names[name])
+        cleared.steps = p.steps
 
     def op_health(self, op: Op) -> None:
         before = snapshot(self.optimizer)

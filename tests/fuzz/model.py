@@ -17,6 +17,9 @@ import torch
 from torch import Tensor
 
 SCALES = {"sign": 1.0, "clip": 1e4, "power": 0.5, "atan": 1e4}
+# With scale="rms" and a smoothed direction the decay takes the whole relative learning rate, also
+# the division by RMS(d); False: it takes lr max(RMS(param), floor), and at most the parameter.
+DECAY_OVER_DIRECTION = True
 _ROUNDINGS = 8.0  # of one element's update
 
 
@@ -278,29 +281,34 @@ class Group:
     def _move(self, p: Parameter, where: Tensor, c: Estimate, dims: int) -> None:
         """Move elements by the direction of c, with this step's hyperparameters."""
         options, theta = self.options, p.value
-        d = self._direction(c)
-        lr, lr_error = torch.tensor(self.lr, dtype=torch.float64), torch.zeros(()).double()
+        d, weight_decay = self._direction(c), options["weight_decay"]
+        zero = torch.zeros_like(theta.value)
+        rate = decay = Estimate(zero + self.lr, zero)
         if options["scale"] is not None:
-            size, one = self._rms(theta, dims), torch.ones_like(theta.value)
-            norm = Estimate(one, 0 * one)
+            size, norm = self._rms(theta, dims), Estimate(zero + 1, zero)
             if options["direction"] != "sign":
                 norm = self._rms(d, dims)
-                zero = (norm.value == 0) & (norm.error == 0)
-                norm = Estimate(torch.where(zero, 1.0, norm.value), norm.error)
-            low, high = norm.value - norm.error, norm.value + norm.error
+            nothing = (norm.value == 0) & (norm.error == 0)
+            norm.value = torch.where(nothing, 1.0, norm.value)
             size.value = size.value.clamp(min=options["rms_floor"])
-            lr = self.lr * size.value / norm.value
-            top = self.lr * (size.value + size.error) / low
-            bottom = self.lr * (size.value - size.error) / high
-            lr_error = torch.maximum(top - lr, lr - bottom) + 1e-6 * lr
-            lost = (low <= 0) | (lr * options["weight_decay"] > 0.5)
-            lr_error = torch.where(lost, math.inf, lr_error)
-        factor = 1 - lr * options["weight_decay"]
-        new = factor * theta.value - lr * d.value
-        error = factor.abs() * theta.error + lr * d.error
-        error = error + lr_error * (options["weight_decay"] * theta.value.abs() + d.value.abs())
-        error = error + _ROUNDINGS * p.eps * (theta.value.abs() + lr * d.value.abs())
-        theta.put(where, Estimate(new, torch.where(lr_error == math.inf, math.inf, error)))
+            decay = Estimate(self.lr * size.value, self.lr * size.error)
+            low, high = norm.value - norm.error, norm.value + norm.error
+            middle = decay.value / norm.value
+            top, bottom = (decay.value + decay.error) / low, (decay.value - decay.error) / high
+            rate = Estimate(middle, torch.maximum(top - middle, middle - bottom) + 1e-6 * middle)
+            lost = low <= 0
+            if DECAY_OVER_DIRECTION:
+                decay = rate
+                lost = lost | (rate.value * weight_decay > 0.5)
+            rate.error = torch.where(lost, math.inf, rate.error)
+        shrunk = (decay.value * weight_decay).clamp(max=1.0)
+        new = (1 - shrunk) * theta.value - rate.value * d.value
+        error = (1 - shrunk) * theta.error + rate.value * d.error
+        error = error + decay.error * weight_decay * theta.value.abs() + rate.error * d.value.abs()
+        error = error + _ROUNDINGS * p.eps * (theta.value.abs() + (rate.value * d.value).abs())
+        unknown = rate.error == math.inf
+        new, error = torch.where(unknown, 0.0, new), torch.where(unknown, math.inf, error)
+        theta.put(where, Estimate(new, error))
 
     @staticmethod
     def _rms(x: Estimate, dims: int) -> Estimate:

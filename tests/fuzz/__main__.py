@@ -28,6 +28,7 @@ TESTS = Path(__file__).resolve().parents[1]
 sys.path[:] = [str(TESTS), *(p for p in sys.path if Path(p).resolve() != TESTS / "fuzz")]
 
 _PATIENCE = 120.0  # seconds for one seed
+_NOTHING = ["before the first seed"]
 _PARTS = ("programs", "checkpoints")
 
 
@@ -67,41 +68,48 @@ class Part:
         command += ["--without", self.arguments.without]
         command += ["--shrink-seconds", str(self.arguments.shrink_seconds)]
         with tempfile.TemporaryFile("w+") as errors:
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors)
             case = self._listen(process)
-            process.kill()
-            status = process.wait()
-            if case is None:
+            try:
+                status = f"ended with status {process.wait(10)}"
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                status = f"was silent for {_PATIENCE} s"
+            if case is None or process.returncode == 0:
                 return
             errors.seek(0)
-            what = f"the process ended with status {status}, or was silent for {_PATIENCE} s"
-            text = "\n".join([what, *case, errors.read()[-3000:]])
+            text = "\n".join([f"the process {status}", *case, errors.read()[-3000:]])
+            if case == _NOTHING:
+                sys.exit(text)
             self._failed(self.next, "crash or hang", text, "")
             self.next += 1
 
-    def _listen(self, process: subprocess.Popen[str]) -> list[str] | None:
+    def _listen(self, process: subprocess.Popen[bytes]) -> list[str] | None:
         """Take in what the process says; return what it did when it fell silent."""
-        stream = process.stdout
-        assert stream is not None
-        case: list[str] | None = ["before the first seed"]
+        assert process.stdout is not None
+        pipe = process.stdout.fileno()
+        case: list[str] | None = _NOTHING
+        rest = b""
         with selectors.DefaultSelector() as selector:
-            selector.register(stream, selectors.EVENT_READ)
-            while selector.select(_PATIENCE):
-                line = stream.readline()
-                if not line:
-                    return case
-                said = json.loads(line)
-                if "begin" in said:
-                    case = []
-                elif "case" in said:
-                    case = said["case"]
-                else:
-                    case = None
-                    self.counts.update(said["counts"])
-                    for each in said["failures"]:
-                        self._failed(said["end"], each["kind"], each["message"], each["script"])
-                    self.next = said["end"] + 1
-        return case or []
+            selector.register(pipe, selectors.EVENT_READ)
+            while selector.select(_PATIENCE) and (data := os.read(pipe, 1 << 20)):
+                *lines, rest = (rest + data).split(b"\n")
+                for said in map(json.loads, lines):
+                    if "begin" in said:
+                        case = []
+                    elif "case" in said:
+                        case = said["case"]
+                    else:
+                        case = None
+                        self._ended(said)
+        return case
+
+    def _ended(self, said: dict[str, Any]) -> None:
+        self.counts.update(said["counts"])
+        for each in said["failures"]:
+            self._failed(said["end"], each["kind"], each["message"], each["script"])
+        self.next = said["end"] + 1
 
     def _failed(self, seed: int, kind: str, message: str, script: str) -> None:
         failure = dict(part=self.name, seed=seed, kind=kind, message=message, script=script)
@@ -117,10 +125,11 @@ class Part:
             shortest = min(failures, key=lambda f: len(f["script"]))
             seeds = sorted({f["seed"] for f in failures})
             print(f"\n--- {self.name}: {kind}\nseeds {', '.join(map(str, seeds[:30]))}")
-            print(
-                f"again: python -m tests.fuzz --only {self.name} --seed {shortest['seed']}", end=""
-            )
-            print(f" --programs 1\n{shortest['script'] or shortest['message']}")
+            again = f"--only {self.name} --seed {shortest['seed']} --programs 1"
+            if self.arguments.without:
+                again += f" --without {self.arguments.without}"
+            print(f"again: python -m tests.fuzz {again}")
+            print(shortest["script"] or shortest["message"])
 
     def figures(self) -> dict[str, Any]:
         return {

@@ -128,7 +128,7 @@ class Mutations:
         has_state = bool(self.saved["state"])
         makers: list[Callable[[], str]] = [self.option, self.missing_option, self.structure]
         if has_state:
-            makers += [self.state, self.state, self.state, self.clock, self.missing_state]
+            makers += [self.state] * 3 + [self.clock] * 3 + [self.missing_state]
         if any("history" in g for g in self.saved["param_groups"]):
             makers += [self.history, self.history]
         return rng.choice(makers)()
@@ -175,9 +175,11 @@ class Mutations:
         return f"{target} = " + rng.choice(_choices(_TENSORS)).replace("X", target)
 
     def clock(self) -> str:
+        """Set a clock or window, most often where there are some."""
         rng = self.random
-        i, _ = self._entry()
-        name = rng.choice(["last_step", "last_step", "window", "window_rows"])
+        name = rng.choice(["last_step", "last_step", "last_step", "window", "window_rows"])
+        having = [i for i, state in self.saved["state"].items() if name in state]
+        i = rng.choice(having) if having else self._entry()[0]
         value = rng.choice(_choices(_ROWS if name == "window_rows" else _CLOCKS))
         value = value.replace("p.", f"ps[{i}].")
         return f'saved["state"][{i}][{name!r}] = {value}'

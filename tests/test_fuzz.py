@@ -156,10 +156,10 @@ def test_mutations_change_the_state_dict():
 
 def test_a_process_that_ends_is_reported_with_what_it_did(capsys):
     said = [{"begin": 3}, {"end": 3, "counts": {"steps": 2}, "failures": []}, {"begin": 4}]
-    said.append({"case": ["the case"]})
+    said.append({"case": "the case"})
     program = f"print({chr(10).join(map(json.dumps, said))!r}); raise SystemExit(1)"
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
     part = Part("checkpoints", 3, argparse.Namespace())
     with process:
-        assert part._listen(process) == ["the case"]
+        assert part._listen(process) == "the case"
     assert part.next == 4 and part.counts["steps"] == 2

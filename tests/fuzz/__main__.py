@@ -28,7 +28,7 @@ TESTS = Path(__file__).resolve().parents[1]
 sys.path[:] = [str(TESTS), *(p for p in sys.path if Path(p).resolve() != TESTS / "fuzz")]
 
 _PATIENCE = 120.0  # seconds for one seed
-_NOTHING = ["before the first seed"]
+_NOTHING = "before the first seed"
 _PARTS = ("programs", "checkpoints")
 
 
@@ -79,17 +79,20 @@ class Part:
             if case is None or process.returncode == 0:
                 return
             errors.seek(0)
-            text = "\n".join([f"the process {status}", *case, errors.read()[-3000:]])
+            said = errors.read()
+            _, found, rest = said.partition("ERROR: AddressSanitizer")
+            said = found + rest[:3000] if found else said[-3000:]
             if case == _NOTHING:
-                sys.exit(text)
+                sys.exit(said)
+            text = f"{case}# the process {status}\n" + said
             self._failed(self.next, "crash or hang", text, "")
             self.next += 1
 
-    def _listen(self, process: subprocess.Popen[bytes]) -> list[str] | None:
+    def _listen(self, process: subprocess.Popen[bytes]) -> str | None:
         """Take in what the process says; return what it did when it fell silent."""
         assert process.stdout is not None
         pipe = process.stdout.fileno()
-        case: list[str] | None = _NOTHING
+        case: str | None = _NOTHING
         rest = b""
         with selectors.DefaultSelector() as selector:
             selector.register(pipe, selectors.EVENT_READ)
@@ -97,7 +100,7 @@ class Part:
                 *lines, rest = (rest + data).split(b"\n")
                 for said in map(json.loads, lines):
                     if "begin" in said:
-                        case = []
+                        case = ""
                     elif "case" in said:
                         case = said["case"]
                     else:

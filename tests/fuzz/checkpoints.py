@@ -114,6 +114,10 @@ class Case:
     fresh: bool  # load into a fresh optimizer, or into the one that was saved
     changes: list[str] = field(default_factory=list)
     uses: list[str] = field(default_factory=list)
+    before: list[str] = field(default_factory=list)  # what was executed when it was made
+
+    def lines(self) -> list[str]:
+        return [*self.before, *self.changes, "opt.load_state_dict(saved)", *self.uses]
 
 
 class Mutations:
@@ -209,6 +213,7 @@ def case_of(seed: int, counts: Counter[str]) -> Case | None:
     except Exception:
         counts["without meaning"] += 1
         return None
+    case.before = execution.lines
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
         line = Mutations(rng, execution.names["saved"]).line()
         case.changes.append(line)

@@ -87,7 +87,7 @@ class Work:
             return []
         counts["checkpoints"] += 1
         # If the process ends here, this says what it was about.
-        print(json.dumps({"case": [repr(case.program), *case.changes]}), flush=True)
+        print(json.dumps({"case": script(case.lines(), "not shrunk")}), flush=True)
         failure, lines = checkpoints.run_case(case, counts)
         if failure is None:
             return []

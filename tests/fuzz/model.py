@@ -226,6 +226,7 @@ class Group:
             ratio, to = self.options["shrink_ratio"], self.options.get("shrink_to", 0.0)
             new = to + ratio * (p.value.value - to)
             error = p.value.error + 4 * p.eps * (p.value.value.abs() + abs(to))
+            error = error + torch.finfo(p.dtype).eps * new.abs()  # of rows that lag, unseen
             p.value.put(bad, Estimate(new, error))
 
     def _round_stale(self, p: Parameter, where: Tensor) -> None:

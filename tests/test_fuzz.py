@@ -22,6 +22,7 @@ from oracle import same_bits
 from tiger_ext.history import History
 from tiger_ext.optimizer import MixedOptimizer
 
+CLOCK = """saved["state"][0]['last_step']"""
 AGREE = [2, 8, 19, 22, 23, 28, 29, 37]
 
 
@@ -146,6 +147,21 @@ def test_an_error_that_says_nothing_is_noticed(monkeypatch):
 
     monkeypatch.setattr(MixedOptimizer, "load_state_dict", crash)
     assert run_case(case, Counter())[0].kind == "load raised KeyError"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        """saved["param_groups"][0]['lr'] = -1""",
+        f"{CLOCK} = torch.full_like({CLOCK}, 10**6)",
+    ],
+)
+def test_a_load_that_checks_nothing_is_noticed(change, monkeypatch):
+    monkeypatch.setattr(MixedOptimizer, "load_state_dict", lambda self, saved: None)
+    case = Case(Program("Tiger", [table()], steps(2)), True, [change])
+    assert run_case(case, Counter())[0].kind == "loaded what is illegal"
+    case.changes = ["""saved["param_groups"][0]['betas'] = (0.9,)"""]
+    assert run_case(case, Counter())[0] is None
 
 
 def test_mutations_change_the_state_dict():

@@ -7,6 +7,7 @@ A case is a program, lines that change its state dict ``saved``, and lines that 
 from __future__ import annotations
 
 import random
+import re
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from fuzz.execute import Execution, caught
 from fuzz.generate import KINDS, Generator
 from fuzz.observe import Failure, snapshot
 from fuzz.operations import Run
-from fuzz.program import GroupSpec, Program
+from fuzz.program import GroupSpec, Program, complete
 from fuzz.shrink import shrink, shrink_list
 
 # What a value X of the state may become. Sizes stay small: memory is not what is tested.
@@ -98,6 +99,21 @@ saved = build("AdamW", [nn.Parameter(p.detach().clone()) for p in ps]).state_dic
 saved = torch.optim.AdamW([nn.Parameter(p.detach().clone()) for p in ps]).state_dict()
 saved = torch.optim.SGD([nn.Parameter(p.detach().clone()) for p in ps]).state_dict()
 """
+# Of these keys every value above that is not named here has to be refused.
+_LEGAL_VALUES = {
+    "lr": "",
+    "weight_decay": "",
+    "eps": "",
+    "betas": "(0.9,) | (0.9, 0.99)",
+    "lazy": '"frozen" | "decay" | "exact"',
+    "rows": '"nonzero"',
+    "scale": '"rms" | "rms_rows"',
+    "direction": '"clip"',
+    "nonfinite": '"skip"',
+    "shrink_ratio": "",
+    "accumulation_steps": "2 | 10**12",
+}
+_ILLEGAL_CLOCKS = ("2**31 - 1", "-(2**31)", "10**6", "-(10**6)")
 # Refusals of a step that come from its gradients, not from what was loaded.
 _LEGAL = ("within an accumulation window", "count at most")
 
@@ -296,7 +312,9 @@ def _load_and_use(case: Case, execution: Execution, counts: Counter[str]) -> Non
         execution.unchanged(before, "a refused load")
         counts["refused"] += 1
     when = "loaded" if loaded else "refused"
-    first: Failure | None = None
+    first = None
+    if loaded and _illegal(case, execution):
+        first = Failure("loaded what is illegal", f"loaded: {case.changes[0]}")
     for line in case.uses:  # all of them, as a later one may do more harm than an exception
         try:
             execution.do(line)
@@ -310,6 +328,21 @@ def _load_and_use(case: Case, execution: Execution, counts: Counter[str]) -> Non
         raise first
     if loaded and finite and not _finite_parameters(execution):
         raise Failure("loaded, then NaN or Inf", "a parameter is not finite")
+
+
+def _illegal(case: Case, execution: Execution) -> bool:
+    """Return whether the only change of a case is one that must be refused."""
+    target, _, value = case.changes[0].partition(" = ") if len(case.changes) == 1 else ("", "", "")
+    group = re.fullmatch(r'saved\["param_groups"\]\[(\d+)\]\[[\'"](\w+)[\'"]\]', target)
+    if group is None:
+        clocks = tuple(f", {clock})" for clock in _ILLEGAL_CLOCKS)
+        clock = target.endswith("['last_step']") and value.endswith(clocks)
+        return clock and eval(target, execution.names).numel() > 0
+    i, key = int(group[1]), group[2]
+    added = (op.options["spec"] for op in case.program.ops if op.kind == "add")
+    groups = [*case.program.groups, *added]
+    has = i < len(groups) and key in complete(groups[i], case.program.cls)
+    return has and key in _LEGAL_VALUES and value not in _choices(_LEGAL_VALUES[key])
 
 
 def _failure(when: str, error: Exception) -> Failure:

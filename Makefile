@@ -2,7 +2,7 @@
 #
 #   make demo        train a next-token model with a two-million-row table, against torch's optimizers
 #   make test        all tests of the CPU build, C++ and Python
-#   make check       what else must hold: lint, cuda-build, cuda-on-cpu, cmake-build, add-rule
+#   make check       what else must hold: lint, cuda-build, cuda-on-cpu, cmake-build, add-rule, fuzz
 #   make bench       the CPU benchmarks, results in benchmarks/results
 #   make wheel       a wheel and an sdist in dist/, tried in an empty venv
 #   make gpu-check   on a machine with a GPU: build, tests, compute-sanitizer, benchmarks
@@ -14,6 +14,8 @@
 #   make cuda-on-cpu the CUDA kernels' source run on the CPU under sanitizers
 #   make cmake-build the extension built by CMake: imported (CPU torch), compiled (CUDA torch)
 #   make add-rule    a rule added as docs/design.md says, in a copy of the project
+#   make fuzz        random programs against a model, mutated state dicts under AddressSanitizer;
+#                    FUZZ_SECONDS=300 of them, FUZZ_ARGS="--seed 7 --programs 1" (tests/fuzz)
 
 PYTHON ?= python3
 export MAX_JOBS ?= 2
@@ -33,7 +35,7 @@ PARALLEL := -n auto --dist worksteal
 BENCHMARKS := sparse dense small_tensors embedding_step embedding_options lazy clip
 
 .PHONY: all build demo test test-cpp check bench wheel lint sanitize cuda-build cuda-on-cpu \
-  cmake-build add-rule gpu-check clean
+  cmake-build add-rule fuzz gpu-check clean
 all: build
 
 $(VENV)/.ready: requirements/test.txt
@@ -59,7 +61,7 @@ test-cpp: $(VENV)/.ready
 test: build test-cpp
 	OMP_NUM_THREADS=1 TIGER_EXT_REQUIRE_NATIVE=1 $(BIN)/python -m pytest $(PARALLEL) tests
 
-check: lint cuda-build cuda-on-cpu cmake-build add-rule
+check: lint cuda-build cuda-on-cpu cmake-build add-rule fuzz
 
 $(VENV)/.bench: $(VENV)/.ready requirements/bench.txt
 	DS_BUILD_OPS=0 $(BIN)/pip install -q -r requirements/bench.txt
@@ -94,13 +96,27 @@ SANITIZED := LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-
   ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. TIGER_EXT_REQUIRE_NATIVE=1
 PYTEST := -m pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR)
 
-sanitize: $(VENV)/.ready
-	rm -rf build/sanitize
+build/sanitize/.built: $(VENV)/.ready $(SOURCES) $(wildcard tiger_ext/*.py)
+	rm -rf build/sanitize/lib
 	TIGER_EXT_SANITIZE=address,undefined $(BIN)/python setup.py -q build \
 	  --build-lib build/sanitize/lib --build-temp build/sanitize/temp
+	touch $@
+
+sanitize: build/sanitize/.built
 	cd build/sanitize/lib && OMP_NUM_THREADS=2 $(SANITIZED) \
 	  $(CURDIR)/$(BIN)/python $(PYTEST) \
 	  $(CURDIR)/tests/test_rows.py $(CURDIR)/tests/test_dense.py
+
+# Both parts run, whatever the first one finds.
+FUZZ_SECONDS ?= 300
+FUZZ_ARGS ?=
+FUZZ := tests/fuzz --seconds $$(($(FUZZ_SECONDS) / 2)) $(FUZZ_ARGS)
+fuzz: build build/sanitize/.built
+	failed=0; export OMP_NUM_THREADS=1 TIGER_EXT_REQUIRE_NATIVE=1; \
+	$(BIN)/python $(FUZZ) --only programs --json build/fuzz-programs.json || failed=1; \
+	cd build/sanitize/lib && $(SANITIZED) $(CURDIR)/$(BIN)/python $(CURDIR)/$(FUZZ) \
+	  --only checkpoints --json $(CURDIR)/build/fuzz-checkpoints.json || failed=1; \
+	exit $$failed
 
 # Every CUDA kernel, compiled by the host compiler and run by the emulator in tests/cuda_on_cpu.
 EMULATED := test_dense test_rows test_determinism test_optimizer test_checked_memory

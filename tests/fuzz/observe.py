@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an optimizer holds, in a form that can be compared bit by bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Failure(Exception):
+    """The product did something else than the model.
+
+    Attributes:
+        kind: which, without numbers and names; shrinking keeps it.
+    """
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+def plain_bits(t: Tensor) -> Any:
+    t = t.detach()
+    if t.layout != torch.strided or t.is_meta:
+        return repr(t)
+    flat = t.clone(memory_format=torch.contiguous_format).reshape(-1)
+    raw = flat.view(torch.uint8).numpy().tobytes()
+    return (str(t.dtype), tuple(t.shape), raw)
+
+
+def snapshot(optimizer: Any) -> dict[str, Any]:
+    """Return all that a failed step or a copy must leave as it is, bit by bit."""
+    found: dict[str, Any] = {}
+    for i, group in enumerate(optimizer.param_groups):
+        for key, value in group.items():
+            if key == "history":
+                text = value if isinstance(value, str) else value.text()
+                found[f"group {i} {key}"] = text
+            elif key in ("micro_steps", "windows"):
+                found[f"group {i} {key}"] = value
+            elif key not in ("params", "param_names"):
+                found[f"group {i} {key}"] = repr(value)
+        for j, p in enumerate(group["params"]):
+            found[f"parameter {i}.{j}"] = plain_bits(p)
+            for name, value in optimizer.state.get(p, {}).items():
+                bits = plain_bits(value) if isinstance(value, Tensor) else repr(value)
+                found[f"parameter {i}.{j} {name}"] = bits
+    # What a first look at a group, and loading, may create.
+    nothing = ("0.0 0.0", 0, ("torch.int64", (0, 0), b""))
+    return {k: v for k, v in found.items() if v not in nothing}
+
+
+def plain_grad(g: Tensor | None) -> Any:
+    if g is None:
+        return None
+    if g.layout == torch.sparse_coo:
+        return (plain_bits(g._indices()), plain_bits(g._values()))
+    return plain_bits(g)
+
+
+def clock_shape(found: dict[str, Any], i: int, j: int) -> Any:
+    clock = found.get(f"parameter {i}.{j} last_step")
+    return None if clock is None else clock[1]
+
+
+def elements(g: Tensor) -> Tensor:
+    return g._values() if g.layout == torch.sparse_coo else g
+
+
+def summed(g: Tensor) -> Tensor:
+    g = g.detach().to(torch.float64, copy=True)
+    return g.to_dense() if g.layout == torch.sparse_coo else g
+
+
+def short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 200 else text[:200] + "..."

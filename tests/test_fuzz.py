@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fuzzer of tests/fuzz: that it runs, and that it notices what is wrong and makes it small."""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+import torch
+from fuzz import model
+from fuzz.__main__ import Part
+from fuzz.checkpoints import Case, case_of, run_case, shrink_case
+from fuzz.execute import script
+from fuzz.generate import generate
+from fuzz.operations import failure_of
+from fuzz.program import Grad, GroupSpec, Op, Param, Program
+from fuzz.shrink import shrink
+from oracle import same_bits
+
+from tiger_ext.history import History
+from tiger_ext.optimizer import MixedOptimizer
+
+CLOCK = """saved["state"][0]['last_step']"""
+AGREE = [2, 8, 19, 22, 23, 28, 29, 37]
+
+
+def table(**options):
+    """Return a group with one table, in which rows lag."""
+    shared = dict(lr=0.1, betas=(0.9,), weight_decay=0.5, lazy="exact")
+    return GroupSpec([Param("a", (3, 2), 1)], {**shared, **options})
+
+
+def steps(count):
+    grad = Grad("sparse", dict(seed=3, dims=1, nnz=1))
+    return [Op("step", {}, {"a": grad}), *[Op("step") for _ in range(count)], Op("flush")]
+
+
+@pytest.mark.parametrize("seed", AGREE)
+@pytest.mark.parametrize("fused", [None, False], ids=["native", "reference"])
+def test_programs_agree_with_the_model(seed, fused):
+    program = generate(seed)
+    program.fused = fused
+    failure, execution = failure_of(program)
+    assert failure is None, failure
+    assert execution.counts["steps"] > 0
+
+
+def test_the_same_seed_is_the_same_program():
+    assert repr(generate(7)) == repr(generate(7)) != repr(generate(8))
+
+
+def lost_step(monkeypatch):
+    """Let histories lose every third step."""
+    advance = History.advance
+    calls = Counter()
+
+    def forgetful(self, *hyperparameters):
+        calls["all"] += 1
+        if calls["all"] % 3:
+            advance(self, *hyperparameters)
+
+    monkeypatch.setattr(History, "advance", forgetful)
+
+
+@pytest.mark.parametrize("fused", [None, False], ids=["native", "reference"])
+def test_a_lost_step_is_found_and_shrunk(fused, monkeypatch):
+    lost_step(monkeypatch)
+    seeds = iter(range(100))
+    failure = None
+    while failure is None:
+        program = generate(next(seeds))
+        program.fused = fused
+        failure, _ = failure_of(program)
+
+    def fails(smaller):
+        return failure_of(smaller)[0] is not None
+
+    smaller = shrink(program, fails, seconds=3.0)
+    assert fails(smaller)
+    assert len(repr(smaller)) < len(repr(program)) / 2
+
+
+def test_a_lost_step_is_wrong_after_a_flush(monkeypatch):
+    program = Program("Tiger", [table()], steps(5))
+    assert failure_of(program)[0] is None
+    lost_step(monkeypatch)
+    assert failure_of(program)[0].kind == "after flush: parameter is wrong"
+
+
+def test_a_model_that_steps_wrongly_is_noticed(monkeypatch):
+    program = Program("Lion", [table(lazy="frozen", betas=(0.9, 0.99))], steps(0))
+    assert failure_of(program)[0] is None
+    monkeypatch.setattr(model, "sign", lambda t: -t.sign())
+    assert failure_of(program)[0].kind == "after a step: parameter is wrong"
+
+
+def test_a_step_that_fails_and_writes_is_noticed(monkeypatch):
+    grad = Grad("sparse", dict(seed=3, dims=1, nnz=2))
+    program = Program("Tiger", [table()], [Op("step", {"fault": "index a"}, {"a": grad})])
+    failure, execution = failure_of(program)
+    assert failure is None and execution.counts["faults"] == 1
+    step = MixedOptimizer._step_eager
+
+    def writes(self):
+        with torch.no_grad():
+            self.param_groups[0]["params"][0][2, 1] += 1e-6
+        step(self)
+
+    monkeypatch.setattr(MixedOptimizer, "_step_eager", writes)
+    assert failure_of(program)[0].kind == "changed by a refused opt step : parameter #.#"
+
+
+def test_the_printed_program_is_what_ran():
+    _, execution = failure_of(Program("Tiger", [table()], steps(5)))
+    names = {}
+    exec(script(execution.lines, "expected: something\nelse"), names)
+    assert same_bits(names["a"], execution.names["a"])
+
+
+def test_a_load_that_is_refused_halfway_is_noticed_and_shrunk(monkeypatch):
+    program = Program("Tiger", [table()], steps(2))
+    uses = ["opt.step()", "opt.flush()"]
+    case = Case(program, False, ['saved["param_groups"].append({"params": []})', "x = 1"], uses)
+    counts = Counter()
+    assert run_case(case, counts)[0] is None
+    assert counts["refused"] == 1 and counts["steps"] == 1
+
+    def halfway(self, saved):
+        self.param_groups[0]["lr"] = 7.0
+        raise ValueError("no such state dict")
+
+    monkeypatch.setattr(MixedOptimizer, "load_state_dict", halfway)
+    failure, _ = run_case(case, counts)
+    assert failure.kind == "changed by a refused load: group # lr"
+    smaller = shrink_case(case, failure.kind, seconds=3.0)
+    assert smaller.uses == smaller.changes == smaller.program.ops == []
+
+
+def test_an_error_that_says_nothing_is_noticed(monkeypatch):
+    case = Case(Program("Tiger", [table()], steps(2)), True)
+    assert run_case(case, Counter())[0] is None
+
+    def crash(self, saved):
+        raise KeyError("exp_avg")
+
+    monkeypatch.setattr(MixedOptimizer, "load_state_dict", crash)
+    assert run_case(case, Counter())[0].kind == "load raised KeyError"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        """saved["param_groups"][0]['lr'] = -1""",
+        f"{CLOCK} = torch.full_like({CLOCK}, 10**6)",
+    ],
+)
+def test_a_load_that_checks_nothing_is_noticed(change, monkeypatch):
+    monkeypatch.setattr(MixedOptimizer, "load_state_dict", lambda self, saved: None)
+    case = Case(Program("Tiger", [table()], steps(2)), True, [change])
+    assert run_case(case, Counter())[0].kind == "loaded what is illegal"
+    case.changes = ["""saved["param_groups"][0]['betas'] = (0.9,)"""]
+    assert run_case(case, Counter())[0] is None
+
+
+def test_mutations_change_the_state_dict():
+    cases = [case_of(seed, Counter()) for seed in range(3)]
+    assert all(case is None or (case.changes and case.uses) for case in cases)
+    assert any(cases)
+
+
+def test_a_process_that_ends_is_reported_with_what_it_did(capsys):
+    said = [{"begin": 3}, {"end": 3, "counts": {"steps": 2}, "failures": []}, {"begin": 4}]
+    said.append({"case": "the case"})
+    program = f"print({chr(10).join(map(json.dumps, said))!r}); raise SystemExit(1)"
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
+    part = Part("checkpoints", 3, argparse.Namespace())
+    with process:
+        assert part._listen(process) == "the case"
+    assert part.next == 4 and part.counts["steps"] == 2

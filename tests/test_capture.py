@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from cases import dense_grad, parameter, sparse_grad
+from cases import clock_of, dense_grad, parameter, sparse_grad
 from oracle import same_bits, unchanged
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -193,5 +193,5 @@ def test_flush_is_refused(fused, monkeypatch):
         pytest.raises(RuntimeError, match=r"Tiger\.flush is being captured"),
     ):
         opt.flush()
-    assert opt.param_groups[0]["history"].settings != []
+    assert clock_of(opt).history.settings != []
     opt.flush()

@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from cases import parameter, sparse_grad
+from cases import clock_of, parameter, sparse_grad
 from oracle import same_bits, unchanged
 from torch.nn import Parameter
 
@@ -46,7 +46,7 @@ def test_a_list_of_rows_of_another_number_of_dimensions():
 @pytest.mark.parametrize("windows", [-1, -7])
 def test_a_window_without_a_number(windows):
     p, opt = in_a_window()
-    opt.param_groups[0]["windows"] = windows
+    clock_of(opt).windows = windows
     refused(opt, "accumulation window has number")
     p.grad = sparse_grad(p, 3)
     refused(opt, "accumulation window has number")
@@ -54,7 +54,7 @@ def test_a_window_without_a_number(windows):
     opt = Tiger([dense], accumulation_steps=2)
     dense.grad = torch.ones(5)
     opt.step()
-    opt.param_groups[0]["windows"] = windows
+    clock_of(opt).windows = windows
     refused(opt, "accumulation window has number")
 
 
@@ -142,12 +142,12 @@ def test_rows_to_catch_up_that_do_not_exist(begin, end):
     for _ in range(2):
         p.grad = sparse_grad(p, 1)
         opt.step()
-    group = GroupStep(0, opt.param_groups[0])
+    group = GroupStep(0, opt.param_groups[0], clock_of(opt))
     group.history.place(p.device, many=False)
     state = opt.state[p]
     arguments = (p, [state["exp_avg"]], state["last_step"], group.rule(True))
     with unchanged(opt), pytest.raises(_native.C.UpdateError, match="out of range for 6 rows"):
-        _native.C.catch_up(*arguments, group.history.native(), None, begin, end)
+        _native.C.catch_up(*arguments, group.history.native(), 0, None, begin, end)
 
 
 def test_long_runs_of_tables_of_several_types():

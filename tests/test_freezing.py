@@ -198,3 +198,18 @@ def test_a_gradient_is_taken_whatever_requires_grad_says(fused):
         p.grad = torch.ones(4, 2)
         optimizer.step()
     torch.testing.assert_close(p, torch.full((4, 2), 0.7))
+
+
+@every_road
+def test_a_table_thaws_beside_one_of_equal_values(fused):
+    first, second = (nn.Parameter(torch.ones(ROWS, DIM)) for _ in range(2))
+    optimizer = Tiger([first, second], lr=0.1, weight_decay=0.1, lazy="decay", fused=fused)
+    second.requires_grad_(False)
+    for _ in range(2):
+        optimizer.step()
+    second.requires_grad_(True)
+    optimizer.flush()
+    optimizer.step()
+    optimizer.flush()
+    torch.testing.assert_close(first, torch.full((ROWS, DIM), 0.99**3))
+    torch.testing.assert_close(second, torch.full((ROWS, DIM), 0.99))

@@ -59,6 +59,14 @@ def group(key, value):
     return lambda saved: saved["param_groups"][0].update({key: value})
 
 
+def foreign(key, value):
+    def change(saved):
+        del saved["param_groups"][0]["algorithm"]
+        saved["param_groups"][0][key] = value
+
+    return change
+
+
 def state(key, value):
     return lambda saved: saved["state"][0].update({key: value})
 
@@ -76,11 +84,11 @@ MISFITS = {
     "two betas": ({}, group("betas", (0.9, 0.99)), r"group 0: betas=\(0.9, 0.99\): tiger expects"),
     "a beta of 1": ({}, group("betas", (1.0,)), "group 0: betas"),
     "an option of others": ({}, group("eps", 1e-8), "group 0: eps: got 1e-08, .* no such option"),
-    "amsgrad": ({}, group("amsgrad", True), "group 0: amsgrad: got True, expected False"),
-    "nesterov": ({}, group("nesterov", True), "group 0: nesterov"),
+    "amsgrad": ({}, foreign("amsgrad", True), "group 0: amsgrad: got True, expected False"),
+    "nesterov": ({}, foreign("nesterov", True), "group 0: nesterov"),
     "coupled decay": (
         {},
-        group("decoupled_weight_decay", False),
+        foreign("decoupled_weight_decay", False),
         "group 0: decoupled_weight_decay",
     ),
     "a rate of NaN": ({}, group("lr", math.nan), "group 0: lr=nan"),

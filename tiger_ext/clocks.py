@@ -94,6 +94,22 @@ class GroupClock:
             assert self.history is not None
             self.frozen[p] = self.history.steps
 
+    def standing(self, p: Tensor) -> tuple[Tensor, int | None, int | None, bool]:
+        """Return what is known of a parameter, for ``restore``."""
+        return p, self.begins.get(p), self.frozen.get(p), p in self.clocked
+
+    def restore(self, p: Tensor, begins: int | None, frozen: int | None, clocked: bool) -> None:
+        """Take back what has become known of a parameter since ``standing``."""
+        for table, number in ((self.begins, begins), (self.frozen, frozen)):
+            if number is None:
+                table.pop(p, None)
+            else:
+                table[p] = number
+        if clocked:
+            self.clocked.add(p)
+        else:
+            self.clocked.discard(p)
+
     def thawing(self) -> list[Tensor]:
         """Return the frozen parameters that train again."""
         return [p for p in self.frozen if p.requires_grad or p.grad is not None]
@@ -113,6 +129,11 @@ class GroupClock:
         return new
 
     # ------------------------------------------------------------------------- state dicts
+
+    def look_for_cleared(self, states: Mapping[Tensor, Any]) -> None:
+        """Let parameters begin anew whose state was cleared."""
+        for p in [p for p in self.clocked if "last_step" not in states.get(p, ())]:
+            self.begins_at(p)
 
     def numbers(self) -> dict[str, Any]:
         """Return what a saved group has under the keys of ``PLACEHOLDERS``, plain numbers."""

@@ -64,7 +64,6 @@ class GroupStep:
         if options["lazy"] != "frozen":
             if clock.history is None:
                 clock.history = History()
-                options["history"] = PLACEHOLDERS["history"]
             self.history = clock.history
         self.micro_steps: int = options.get("accumulation_steps", 1)
         self.window, self.micro_step, self.closes = 0, 1, False
@@ -72,14 +71,21 @@ class GroupStep:
             self.window = clock.windows + 1
             self.micro_step = clock.micro_steps + 1
             self.closes = self.micro_step >= self.micro_steps
-            if "windows" not in options:
-                options["windows"], options["micro_steps"] = 0, 0
         self.native = _native.C is not None and options["fused"] is not False
 
     @property
     def counts_in_history(self) -> bool:
         """Whether the present step is one of the history's: micro-steps count once a window."""
         return self.window == 0 or self.closes
+
+    def put_placeholders(self) -> None:
+        """Let the group's dict have the keys that its state dict has."""
+        keys = (["history"] if self.history else []) + (
+            ["windows", "micro_steps"] if self.window else []
+        )
+        for key in keys:
+            if key not in self.options:
+                self.options[key] = PLACEHOLDERS[key]
 
     @property
     def in_window(self) -> bool:

@@ -126,7 +126,7 @@ def catch_up_ids(
         if group.history is None or not (group.history.started or is_capturing()):
             continue
         for position, q in enumerate(group.params):
-            if q is p and _has_clock(p, group, changes):
+            if q is p and _has_clock(group, position, changes):
                 if is_rewritten(group, position):
                     warn_if_behind(group, position, changes.state)
                 state = changes.state[p]
@@ -142,7 +142,7 @@ def flush(groups: Iterable[GroupStep], changes: StateChanges, progress: bool | N
     with Progress("flush", rows, progress) as bar:
         for group in behind:
             for position, p in enumerate(group.params):
-                if _has_clock(p, group, changes):
+                if _has_clock(group, position, changes):
                     state = changes.state[p]
                     if is_rewritten(group, position):
                         warn_if_behind(group, position, changes.state)
@@ -152,11 +152,12 @@ def flush(groups: Iterable[GroupStep], changes: StateChanges, progress: bool | N
                 finish(group.history.forget)
 
 
-def _has_clock(p: Tensor, group: GroupStep, changes: StateChanges) -> bool:
+def _has_clock(group: GroupStep, position: int, changes: StateChanges) -> bool:
     """Create what a trainable parameter's state lacks; rows that were never touched age as well.
 
     Return whether there is a clock to go by: a frozen parameter's stands.
     """
+    p = group.params[position]
     if not p.requires_grad:
         group.clock.freeze(p)
         return False
@@ -164,7 +165,7 @@ def _has_clock(p: Tensor, group: GroupStep, changes: StateChanges) -> bool:
     if not all(name in state for name in ("last_step", *(m.name for m in group.moments()))):
         complete_state(p, group, changes)
     if p in group.clock.frozen:
-        thaw(group, group.params.index(p), changes.state[p]["last_step"], changes.state)
+        thaw(group, position, changes.state[p]["last_step"], changes.state)
     return True
 
 
@@ -177,14 +178,18 @@ def look_at_idle(group: GroupStep, positions: Iterable[int], changes: StateChang
     Those that do not train are frozen from now on. Where there is a state from before the lazy
     mode, its clock starts; and a parameter whose state was cleared begins again.
     """
+    clock = group.clock
     for position in positions:
         p = group.params[position]
         if not p.requires_grad:
-            group.clock.freeze(p)
+            if p not in clock.frozen:
+                changes.will_change(p, clock)
+                clock.freeze(p)
         elif changes.state.get(p):
             complete_state(p, group, changes)
-        elif p in group.clock.clocked:
-            group.clock.begins_at(p)
+        elif p in clock.clocked:
+            changes.will_change(p, clock)
+            clock.begins_at(p)
 
 
 def thaw(group: GroupStep, position: int, last_step: Tensor, states: Mapping[Tensor, Any]) -> None:

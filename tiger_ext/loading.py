@@ -39,7 +39,8 @@ def fill_in(
     """Put what has been counted into a state dict, in the place of the placeholders."""
     for saved, group, clock in zip(state_dict["param_groups"], groups, clocks, strict=True):
         numbers = clock.numbers()
-        counted = {"history": clock.history is not None, "windows": clock.windows > 0}
+        started = clock.history is not None and clock.history.started
+        counted = {"history": started, "windows": clock.windows > 0}
         for name, number in numbers.items():
             if name in saved or counted.get(name, clock.micro_steps > 0):
                 saved[name] = number
@@ -119,7 +120,8 @@ def _checked_group(index: int, saved: Mapping[str, Any], own: Mapping[str, Any])
         owners = [a.name for a in ALGORITHMS.values() if key in a.defaults]
         if owners and key not in algorithm.defaults:
             _refuse(where, key, value, f"no such option of {name}: it is one of {owners}")
-        if key in _OTHER_RULES and not isinstance(value, Tensor) and own.get(key) != value:
+        # Dicts of this package say what rule they are of, and may have any keys.
+        if key in _OTHER_RULES and "algorithm" not in saved and not isinstance(value, Tensor):
             undecayed = key == "decoupled_weight_decay" and not saved.get("weight_decay")
             if bool(value) != _OTHER_RULES[key] and not undecayed:
                 _refuse(where, key, value, f"{_OTHER_RULES[key]}: another rule is not {name}'s")

@@ -55,7 +55,7 @@ class MixedOptimizer(torch.optim.Optimizer):
         super().__init__(params, plain)
         del self._constructing
         check_memory(self.param_groups)
-        self._group_steps()  # the groups' clocks start
+        self._begin_clocks()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, with any of the three algorithms.
@@ -90,7 +90,7 @@ class MixedOptimizer(torch.optim.Optimizer):
             if name not in own:
                 del group[name]
         if not self._constructing:
-            self._group_steps()  # its clock starts
+            self._begin_clocks()
 
     # ------------------------------------------------------------------------------------ step
 
@@ -215,6 +215,10 @@ class MixedOptimizer(torch.optim.Optimizer):
         each = zip(self.param_groups, clocks, strict=True)
         return [GroupStep(index, group, clock) for index, (group, clock) in enumerate(each)]
 
+    def _begin_clocks(self) -> None:
+        for group in self._group_steps():
+            group.put_placeholders()
+
     def _lazy_groups(self) -> list[GroupStep]:
         """Return the groups whose rows may be behind."""
         return [group for group in self._group_steps() if group.history is not None]
@@ -335,6 +339,8 @@ class MixedOptimizer(torch.optim.Optimizer):
         numbers and strings of numbers. No flush is needed before.
         """
         clocks = self._clocks.of(self.param_groups)
+        for clock in clocks:
+            clock.look_for_cleared(self.state)
 
         def save_clocks(_: Any, state_dict: dict[str, Any]) -> None:
             fill_in(state_dict, self.param_groups, clocks)
@@ -443,7 +449,7 @@ class _Reader:
                 "call optimizer.flush() before each forward pass, track the nn.DataParallel itself "
                 "if it wraps nothing but the table's module, or use DistributedDataParallel"
             )
-        return self._p.requires_grad and any(
+        return any(
             group["rows"] == "tracked" and any(q is self._p for q in group["params"])
             for group in optimizer.param_groups
         )

@@ -49,14 +49,14 @@ class StateChanges:
         state: the optimizer's, by parameter.
     """
 
-    __slots__ = ("_clocked", "_undo", "_what", "state")
+    __slots__ = ("_clocks", "_undo", "_what", "state")
 
     def __init__(self, state: Any, what: str) -> None:
         """Begin with none; ``what`` says in messages what creates the state."""
         self.state = state
         self._what = what
         self._undo: list[tuple[Tensor, str, Any]] = []
-        self._clocked: list[tuple[GroupClock, Tensor]] = []
+        self._clocks: list[tuple[GroupClock, tuple[Any, ...]]] = []
 
     def will_set(self, p: Tensor, name: str) -> None:
         """Note how to take back that a state is created or replaced.
@@ -72,16 +72,14 @@ class StateChanges:
             )
         self._undo.append((p, name, self.state[p].get(name)))
 
-    def will_clock(self, p: Tensor, clock: GroupClock) -> None:
-        """Note that a parameter gets its first ``last_step``, or one in place of a cleared one."""
-        self.will_set(p, "last_step")
-        self._clocked.append((clock, p))
-        clock.clocked.add(p)
+    def will_change(self, p: Tensor, clock: GroupClock) -> None:
+        """Note how to take back what a clock says of a parameter."""
+        self._clocks.append((clock, clock.standing(p)))
 
     def take_back(self) -> None:
         """Put back the state of a step that did not happen. May be repeated."""
-        for clock, p in self._clocked:
-            clock.clocked.discard(p)
+        for clock, standing in reversed(self._clocks):
+            clock.restore(*standing)
         for p, name, old in reversed(self._undo):
             if old is not None:
                 self.state[p][name] = old
@@ -90,6 +88,7 @@ class StateChanges:
         for p in [p for p, state in self.state.items() if not state]:
             del self.state[p]
         self._undo.clear()
+        self._clocks.clear()
 
 
 def complete_state(p: Tensor, group: GroupStep, changes: StateChanges) -> dict[str, Any]:
@@ -169,8 +168,10 @@ def _complete_last_step(p: Tensor, group: GroupStep, changes: StateChanges, fres
     now = history.now(p.device)
     if old is None:
         # State without clocks, of a frozen mode, is taken to be current.
+        changes.will_set(p, "last_step")
+        changes.will_change(p, clock)
         start = -1 - clock.begins_at(p) if fresh else now
-        changes.will_clock(p, clock)
+        clock.clocked.add(p)
         zeros = torch.zeros(p.shape[:dims], dtype=torch.int32, device=p.device)
         state["last_step"] = zeros.add_(start)
         return
@@ -204,6 +205,9 @@ def _complete_window(p: Tensor, group: GroupStep, changes: StateChanges) -> None
             f"the gradient's sparse_dim changed from {old.dim()} to {len(shape)} within an "
             "accumulation window"
         )
+    if old is not None and not in_window and "window_rows" in state:
+        changes.will_set(p, "window_rows")  # empty lists, of other row dimensions
+        del state["window_rows"]
     changes.will_set(p, "window")
     state["window"] = torch.zeros(shape, dtype=torch.int32, device=p.device)
     if old is not None and in_window:

@@ -196,6 +196,9 @@ class Step:
                 advance_windows(groups, self._windows, states)
             if adds:
                 self._forget_ids()
+            for group in groups:
+                if group.history is not None or group.window:
+                    group.put_placeholders()
             self._written = True
 
         return write

@@ -162,10 +162,14 @@ class Execution:
         everything = torch.ones_like(p.moved)
         if group.lazy == "frozen" or group.steps == 0:
             return everything
-        if "last_step" not in state or "history" not in real:
+        clocks = self.optimizer._clocks.of(self.optimizer.param_groups)
+        history = next(
+            c.history for c, g in zip(clocks, self.optimizer.param_groups, strict=True) if g is real
+        )
+        if "last_step" not in state or history is None:
             return ~everything
         clock = state["last_step"].long()
-        done = torch.where(clock < 0, -1 - clock, clock) >= real["history"].steps
+        done = torch.where(clock < 0, -1 - clock, clock) >= history.steps
         return model.to_elements(done, everything.shape, done.dim())
 
     def _compare(

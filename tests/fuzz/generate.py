@@ -179,7 +179,9 @@ class Generator:
             out["dtype"] = dtype
         if kind == "sparse":
             out["dims"] = rng.choice([1, 1, 1, rng.randint(1, len(p.shape))])
-            if self.fixed.get(p.name):
+            # Strided gradients by rows want rows of the first dimension in the same window.
+            by_rows = options["rows"] or options.get("scale") == "rms_rows"
+            if self.fixed.get(p.name) or (by_rows and options.get("accumulation_steps", 1) > 1):
                 out["dims"] = 1
             out["nnz"] = rng.choice([0, 1, 2, 3, 6, 700 if len(self.params) < 4 else 9])
             if rng.random() < 0.3:

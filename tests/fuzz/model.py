@@ -19,7 +19,7 @@ from torch import Tensor
 SCALES = {"sign": 1.0, "clip": 1e4, "power": 0.5, "atan": 1e4}
 # With scale="rms" and a smoothed direction the decay takes the whole relative learning rate, also
 # the division by RMS(d); False: it takes lr max(RMS(param), floor), and at most the parameter.
-DECAY_OVER_DIRECTION = True
+DECAY_OVER_DIRECTION = False
 _ROUNDINGS = 8.0  # of one element's update
 
 
@@ -86,7 +86,7 @@ class Parameter:
     unit_dims: int = 0
     steps: int = 0
     steps_known: bool = True
-    divided_anew: bool = False  # all rows were caught up, and rounded, as the rows' shape changed
+    divided_anew: bool = False  # all rows were caught up, and rounded
 
     @classmethod
     def of(cls, p: Tensor) -> Parameter:

@@ -35,20 +35,22 @@ def snapshot(optimizer: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for i, group in enumerate(optimizer.param_groups):
         for key, value in group.items():
-            if key == "history":
-                text = value if isinstance(value, str) else value.text()
-                found[f"group {i} {key}"] = text
-            elif key in ("micro_steps", "windows"):
-                found[f"group {i} {key}"] = value
-            elif key not in ("params", "param_names"):
+            if key not in ("params", "param_names", "history", "micro_steps", "windows"):
                 found[f"group {i} {key}"] = repr(value)
         for j, p in enumerate(group["params"]):
             found[f"parameter {i}.{j}"] = plain_bits(p)
             for name, value in optimizer.state.get(p, {}).items():
                 bits = plain_bits(value) if isinstance(value, Tensor) else repr(value)
                 found[f"parameter {i}.{j} {name}"] = bits
+        clock = optimizer._clocks.of(optimizer.param_groups)[i]
+        clock.look_for_cleared(optimizer.state)
+        for key, number in clock.numbers().items():
+            found[f"group {i} {key}"] = number
+        for j, p in enumerate(group["params"]):
+            for key, number in clock.numbers_of(p).items():
+                found[f"parameter {i}.{j} {key}"] = number
     # What a first look at a group, and loading, may create.
-    nothing = ("0.0 0.0", 0, ("torch.int64", (0, 0), b""))
+    nothing = ("", "0.0 0.0", 0, ("torch.int64", (0, 0), b""))
     return {k: v for k, v in found.items() if v not in nothing}
 
 

@@ -110,6 +110,9 @@ class Run(Steps):
         saved = f"through_file({saved})" if op.options["file"] else saved
         self.do(f"saved = {saved}")
         self.do(self._constructor(bare=op.options["bare"]))
+        for i, group in enumerate(self.groups):
+            if group.lazy == "frozen":  # else a lazy group stays in its mode
+                self.do(f"opt.param_groups[{i}]['lazy'] = 'frozen'")
         self.do("opt.load_state_dict(saved)")
         self.unchanged(before, "saving and loading")
         self._track_all()
@@ -158,8 +161,7 @@ class Run(Steps):
         elif p.steps not in (0, group.steps):  # AdamW counts the group's steps in a lazy mode
             return
         self.do(f"del opt.state[{name}]")
-        group.params[name] = cleared = Parameter.of(self.names[name])
-        cleared.steps = p.steps
+        group.params[name] = Parameter.of(self.names[name])
 
     def op_health(self, op: Op) -> None:
         before = snapshot(self.optimizer)

@@ -70,7 +70,11 @@ class Steps(Execution):
         for i, group in enumerate(self.groups):
             masks = {n: self._mask(n) for n in group.params if n in self.tracked}
             for j, p in enumerate(group.params.values()):
-                p.divided_anew = clock_shape(before, i, j) != clock_shape(after, i, j)
+                frozen = f"parameter {i}.{j} frozen_at"
+                p.divided_anew = (
+                    clock_shape(before, i, j) != clock_shape(after, i, j)
+                    or (frozen in before and frozen not in after)  # what it had missed before
+                )
             group.step(grads, self.training, masks)
         self.used = {}
         self._untouched(old)

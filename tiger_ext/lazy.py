@@ -182,7 +182,7 @@ def look_at_idle(group: GroupStep, positions: Iterable[int], changes: StateChang
     for position in positions:
         p = group.params[position]
         if not p.requires_grad:
-            if p not in clock.frozen:
+            if p not in clock.frozen and not _is_in_window(p, group, changes.state):
                 changes.will_change(p, clock)
                 clock.freeze(p)
         elif changes.state.get(p):
@@ -190,6 +190,12 @@ def look_at_idle(group: GroupStep, positions: Iterable[int], changes: StateChang
         elif p in clock.clocked:
             changes.will_change(p, clock)
             clock.begins_at(p)
+
+
+def _is_in_window(p: Tensor, group: GroupStep, states: Mapping[Tensor, Any]) -> bool:
+    """Return whether a gradient has reached a parameter in the open accumulation window."""
+    window = states.get(p, {}).get("window") if group.in_window else None
+    return window is not None and bool((window == group.window).any())
 
 
 def thaw(group: GroupStep, position: int, last_step: Tensor, states: Mapping[Tensor, Any]) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -19,6 +20,11 @@ class Steps(Execution):
     """An execution that knows steps."""
 
     def op_step(self, op: Op) -> None:
+        # A window in which a parameter is frozen, and gets gradients all the same, is not modelled.
+        grads = {
+            n: g for n, g in op.grads.items() if self.training.get(n) or not self._accumulates(n)
+        }
+        op = dataclasses.replace(op, grads=grads)
         for name in self.all_names():
             grad = op.grads.get(name)
             self.do(f"give({name}, {'None' if grad is None else grad.text(name)})")
@@ -38,6 +44,10 @@ class Steps(Execution):
         self._step(cancelled=amp is not None and amp[1] != 0)
         if amp is not None:
             self.do("opt.grad_scale = opt.found_inf = None")
+
+    def _accumulates(self, name: str) -> bool:
+        group = self._group_of(name)
+        return group is not None and group.accumulation > 1
 
     def _step(self, cancelled: bool) -> None:
         grads = {n: self.names[n].grad for n in self.all_names()}

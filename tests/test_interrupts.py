@@ -109,6 +109,8 @@ def interrupt_at(count):
         yield seen
     finally:
         sys.settrace(None)
+        # Nothing but a line of Python can come between a step's end and this.
+        torch.set_grad_enabled(True)
 
 
 @pytest.mark.parametrize("fused", [None, False], ids=["native", "reference"])

@@ -26,7 +26,7 @@ reference history tracking progress finish
 clocks
 huge_pages group_step tracking_hooks
 state
-windows reference_step
+windows reference_step observers
 lazy loading
 step
 optimizer

@@ -947,17 +947,6 @@ def test_loads_a_state_dict_of_torchs_own_adamw():
     torch.testing.assert_close(q, p, rtol=1e-12, atol=1e-12)
 
 
-def test_values_are_not_checked_again_on_load():
-    opt, params = trained(RULES[0])
-    saved = opt.state_dict()
-    saved["param_groups"][0]["weight_decay"] = -0.25
-    opt.load_state_dict(saved)
-    assert opt.param_groups[0]["weight_decay"] == -0.25
-    params[1].grad, params[0].grad = dense_grad(params[1]), None
-    with verified(opt):
-        opt.step()
-
-
 def test_nothing_but_groups_and_state_matters():
     opt, params = trained(RULES[2])
     other = copy.deepcopy(opt)

@@ -7,18 +7,15 @@ date, ``state`` creates what a parameter has. docs/design.md follows a gradient 
 
 from __future__ import annotations
 
-import functools
-import itertools
 import weakref
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import ParamsT
 
-from tiger_ext import _native, lazy
+from tiger_ext import _native, lazy, observers
 from tiger_ext.clocks import Clocks, without_placeholders
 from tiger_ext.group_step import GroupStep, is_capturing
 from tiger_ext.loading import Loaded, fill_in
@@ -141,36 +138,15 @@ class MixedOptimizer(torch.optim.Optimizer):
         with torch.inference_mode(False), torch.no_grad():
             self._new_step(None, None).close_windows()
 
-    @staticmethod
-    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
-        """As torch's, which runs the hooks and notes the step for the profiler.
-
-        It costs as much as the step of a small tensor, so it is left out where there is neither.
-        """
-        observed = torch.optim.Optimizer.profile_hook_step(func)
-
-        @functools.wraps(func)
-        def step(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_compiling() or _is_recorded() or _has_hooks(self):
-                return observed(self, *args, **kwargs)
-            out = func(self, *args, **kwargs)
-            if _has_hooks(self):  # the closure has registered one
-                for hook in itertools.chain(
-                    self._optimizer_step_post_hooks.values(),
-                    torch_optimizer._global_optimizer_post_hooks.values(),
-                ):
-                    hook(self, (self, *args), kwargs)
-            return out
-
-        return step
+    profile_hook_step = staticmethod(observers.profile_hook_step)
 
     def _step_eager(self) -> None:
         if torch.is_inference_mode_enabled():  # state that is created here outlives it
             with torch.inference_mode(False):
                 return self._step_eager()
         grad_mode = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(False)
         try:
+            torch._C._set_grad_enabled(False)
             # GradScaler's: tensors, which on a GPU the kernels read there; plain numbers where no
             # parameter has a gradient.
             scale, inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
@@ -403,21 +379,6 @@ class MixedOptimizer(torch.optim.Optimizer):
 def _tensor(number: Any) -> Tensor | None:
     """Return a number as a tensor, tensors and None as they are."""
     return number if number is None or isinstance(number, Tensor) else torch.tensor(float(number))
-
-
-def _is_recorded() -> bool:
-    """Return whether a profiler or another observer listens."""
-    return _native.C is None or _native.C.is_recorded()
-
-
-def _has_hooks(optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether anything is to be called before or after a step."""
-    return bool(
-        torch_optimizer._global_optimizer_pre_hooks
-        or torch_optimizer._global_optimizer_post_hooks
-        or optimizer._optimizer_step_pre_hooks
-        or optimizer._optimizer_step_post_hooks
-    )
 
 
 @torch.compiler.disable

@@ -154,24 +154,25 @@ class Clocks:
 
     def __init__(self) -> None:
         """Know no group yet."""
-        self._known: list[tuple[dict[str, Any], GroupClock]] = []
+        self._groups: list[dict[str, Any]] = []
+        self._clocks: list[GroupClock] = []
 
     def of(self, groups: list[dict[str, Any]]) -> list[GroupClock]:
         """Return the clock of each group, a new one where there is none.
 
         Groups may have been added, removed, moved or replaced by copies.
         """
-        known = self._known
-        if len(known) != len(groups) or any(
-            g is not group or len(clock.params) != len(g["params"])
-            for g, (group, clock) in zip(groups, known, strict=True)
-        ):
-            known = self._match(groups)
-        return [clock for _, clock in known]
+        if len(self._groups) != len(groups):
+            return self._match(groups)
+        known, clocks = self._groups, self._clocks
+        for k, group in enumerate(groups):
+            if known[k] is not group or len(clocks[k].params) != len(group["params"]):
+                return self._match(groups)
+        return clocks
 
-    def _match(self, groups: list[dict[str, Any]]) -> list[tuple[dict[str, Any], GroupClock]]:
-        free = [clock for group, clock in self._known if all(group is not g for g in groups)]
-        own = {id(group): clock for group, clock in self._known}
+    def _match(self, groups: list[dict[str, Any]]) -> list[GroupClock]:
+        own = {id(group): clock for group, clock in zip(self._groups, self._clocks, strict=True)}
+        free = [clock for key, clock in own.items() if all(key != id(g) for g in groups)]
         matched = []
         for group in groups:
             clock = own.get(id(group))
@@ -182,16 +183,16 @@ class Clocks:
                 else:
                     free.remove(clock)
             clock.admit(group["params"])
-            matched.append((group, clock))
-        self._known = matched
+            matched.append(clock)
+        self._groups, self._clocks = list(groups), matched
         return matched
 
     def replace(self, groups: list[dict[str, Any]], clocks: list[GroupClock]) -> None:
         """Give each group another clock."""
-        warned = {p for _, clock in self._known for p in clock.warned}
+        warned = {p for clock in self._clocks for p in clock.warned}
         for clock in clocks:
             clock.warned = warned & clock.params
-        self._known = list(zip(groups, clocks, strict=True))
+        self._groups, self._clocks = list(groups), clocks
 
 
 def without_placeholders(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -291,7 +290,6 @@ def place_histories(lazy: Iterable[GroupStep]) -> None:
         history.reserve(many=many)
 
 
-@dataclass
 class Counting:
     """What counts a step, once it is certain to have happened.
 
@@ -302,10 +300,13 @@ class Counting:
         marks: where the groups' histories start from, by index.
     """
 
-    native: Any
-    groups: list[GroupStep]
-    counters: list[tuple[Tensor, int]]
-    marks: dict[int, tuple[int, int]] = field(default_factory=dict)
+    __slots__ = ("counters", "groups", "marks", "native")
+
+    def __init__(self, native: Any, groups: list[GroupStep]) -> None:
+        """Begin without counters."""
+        self.native, self.groups = native, groups
+        self.counters: list[tuple[Tensor, int]] = []
+        self.marks: dict[int, tuple[int, int]] = {}
 
     def count(self, found_inf: Tensor | None) -> None:
         """Count, unless ``found_inf``, which the host has not read, cancels it.
@@ -327,7 +328,7 @@ def prepare_counting(
     lazy: Iterable[GroupStep], states: Mapping[Tensor, Any], native: Any
 ) -> Counting:
     """Return what will count the step; the native step is told of histories on GPUs."""
-    counting = Counting(native, [group for group in lazy if group.counts_in_history], [])
+    counting = Counting(native, [group for group in lazy if group.counts_in_history])
     steps, counters = [], []
     for group in counting.groups:
         history = group.history

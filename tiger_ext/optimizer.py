@@ -28,6 +28,9 @@ from tiger_ext.tracking_hooks import TrackingHandle, find_table
 
 __all__ = ["MixedOptimizer"]
 
+_set_grad_enabled = torch._C._set_grad_enabled
+_is_grad_enabled, _is_inference_mode = torch.is_grad_enabled, torch.is_inference_mode_enabled
+
 
 class MixedOptimizer(torch.optim.Optimizer):
     """Base of Tiger, Lion and AdamW; a group may name any of the three as its ``algorithm``.
@@ -41,13 +44,20 @@ class MixedOptimizer(torch.optim.Optimizer):
     """
 
     _algorithm: ClassVar[str]
+    _step_name: ClassVar[str]
     # Within the constructor the memory of all groups is checked once, at the end.
     _constructing = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Note what messages call a step."""
+        super().__init_subclass__(**kwargs)
+        cls._step_name = f"{cls.__name__}.step"
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         """Check ``defaults`` and add the parameter groups."""
         algorithm = ALGORITHMS[self._algorithm]
         plain = {name: plain_option(name, defaults[name], algorithm) for name in algorithm.defaults}
+        self._clocks = Clocks()
         self._constructing = True
         super().__init__(params, plain)
         del self._constructing
@@ -136,37 +146,45 @@ class MixedOptimizer(torch.optim.Optimizer):
             ValueError, RuntimeError: as ``step``; nothing was written.
         """
         with torch.inference_mode(False), torch.no_grad():
-            self._new_step(None, None).close_windows()
+            self._step_with(None, None, Step.close_windows)
 
     profile_hook_step = staticmethod(observers.profile_hook_step)
 
     def _step_eager(self) -> None:
-        if torch.is_inference_mode_enabled():  # state that is created here outlives it
+        if _is_inference_mode():  # state that is created here outlives it
             with torch.inference_mode(False):
                 return self._step_eager()
-        grad_mode = torch.is_grad_enabled()
+        grad_mode = _is_grad_enabled()
         try:
-            torch._C._set_grad_enabled(False)
+            _set_grad_enabled(False)
             # GradScaler's: tensors, which on a GPU the kernels read there; plain numbers where no
             # parameter has a gradient.
-            scale, inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-            self._step_with(_tensor(scale), _tensor(inf))
+            own = self.__dict__
+            if "grad_scale" in own or "found_inf" in own:
+                self._step_with(_tensor(own.get("grad_scale")), _tensor(own.get("found_inf")))
+            else:
+                self._step_with(None, None)
         finally:
-            torch._C._set_grad_enabled(grad_mode)
+            _set_grad_enabled(grad_mode)
 
-    def _step_with(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        self._new_step(grad_scale, found_inf).take()
-
-    def _new_step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> Step:
-        return Step(
-            type(self).__name__,
-            self.param_groups,
-            self._clocks.of(self.param_groups),
-            self.state,
-            self._used_rows(),
-            self._faults(),
-            grad_scale,
-            found_inf,
+    def _step_with(
+        self,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        take: Callable[[Step], None] = Step.take,
+    ) -> None:
+        groups = self.param_groups
+        take(
+            Step(
+                self._step_name,
+                groups,
+                self._clocks.of(groups),
+                self.state,
+                self._used_rows(),
+                self._faults(),
+                grad_scale,
+                found_inf,
+            )
         )
 
     @property
@@ -177,14 +195,6 @@ class MixedOptimizer(torch.optim.Optimizer):
             for group in self.param_groups
             if group["params"]
         )
-
-    @property
-    def _clocks(self) -> Clocks:
-        """What is counted for each group; not part of the groups' dicts, which others copy."""
-        clocks: Clocks | None = self.__dict__.get("_group_clocks")
-        if clocks is None:
-            clocks = self.__dict__["_group_clocks"] = Clocks()
-        return clocks
 
     def _group_steps(self) -> list[GroupStep]:
         clocks = self._clocks.of(self.param_groups)
@@ -363,10 +373,11 @@ class MixedOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what copies and pickles go on from."""
-        return {**super().__getstate__(), "_group_clocks": self._clocks}
+        return {**super().__getstate__(), "_clocks": self._clocks}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from a pickle or state dict; older ones get the newer options' defaults."""
+        self.__dict__.setdefault("_clocks", Clocks())
         super().__setstate__(state)
         for used in self._used_rows().values():
             used.current = False

@@ -8,9 +8,8 @@ can take run on the reference beside it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from tiger_ext.clocks import GroupClock
 from tiger_ext.finish import finish
 from tiger_ext.group_step import GroupStep, is_row_lazy
 from tiger_ext.lazy import (
+    Counting,
     catch_up,
     is_rewritten,
     look_at_idle,
@@ -36,25 +36,34 @@ from tiger_ext.options import check_lazy
 from tiger_ext.reference_step import ReferenceUpdate
 from tiger_ext.state import StateChanges, WindowError, check_shapes, complete_state
 from tiger_ext.tracking import TrackedTables
-from tiger_ext.windows import WindowRows, advance_windows, window_rows
+from tiger_ext.windows import WindowRows, advance_window, window_rows
 
 __all__ = ["Pass", "Step"]
 
 _NO_ROWS: dict[Tensor, Tensor] = {}
 
 
-@dataclass
 class Pass:
-    """A native step and the updates on the reference beside it."""
+    """A native step and the updates on the reference beside it.
 
-    native: Any
-    on_reference: list[ReferenceUpdate] = field(default_factory=list)
-    # Group, position and last_step of parameters whose rows must be brought up to date before.
-    behind: list[tuple[GroupStep, int, Tensor]] = field(default_factory=list)
-    # Likewise of frozen parameters that train again.
-    thawing: list[tuple[GroupStep, int, Tensor]] = field(default_factory=list)
-    # Group and position of those to which others have written.
-    rewritten: list[tuple[GroupStep, int]] = field(default_factory=list)
+    Attributes:
+        native: the native step, or None.
+        on_reference: the updates beside it.
+        behind: group, position and last_step of parameters whose rows must be brought up to date
+            before.
+        thawing: likewise of frozen parameters that train again.
+        rewritten: group and position of those to which others have written.
+    """
+
+    __slots__ = ("behind", "native", "on_reference", "rewritten", "thawing")
+
+    def __init__(self, native: Any) -> None:
+        """Begin with the native step alone."""
+        self.native = native
+        self.on_reference: list[ReferenceUpdate] = []
+        self.behind: list[tuple[GroupStep, int, Tensor]] = []
+        self.thawing: list[tuple[GroupStep, int, Tensor]] = []
+        self.rewritten: list[tuple[GroupStep, int]] = []
 
     def cancelled(self, found_inf: Tensor | None) -> bool | None:
         """Return whether AMP cancels the step; None: only a device knows."""
@@ -84,7 +93,7 @@ class Step:
     """One step of an optimizer.
 
     Args:
-        owner: the optimizer's name, for messages.
+        what: what messages call the step, as "Tiger.step".
         groups: its parameter groups.
         clocks: what it has counted for each of them.
         state: its state, by parameter.
@@ -94,9 +103,25 @@ class Step:
         found_inf: GradScaler's, one element; if it is not 0 the step does not happen.
     """
 
+    __slots__ = (
+        "_changes",
+        "_clocks",
+        "_counting",
+        "_faults",
+        "_found_inf",
+        "_grad_scale",
+        "_groups",
+        "_options",
+        "_passes",
+        "_tracked",
+        "_what",
+        "_windows",
+        "_written",
+    )
+
     def __init__(
         self,
-        owner: str,
+        what: str,
         groups: list[dict[str, Any]],
         clocks: list[GroupClock],
         state: Any,
@@ -106,13 +131,15 @@ class Step:
         found_inf: Tensor | None = None,
     ) -> None:
         """Change nothing yet."""
-        self._what = f"{owner}.step"
+        self._what = what
         self._options, self._clocks = groups, clocks
         self._groups: list[GroupStep] = []
         self._tracked, self._faults = tracked, faults
         self._grad_scale, self._found_inf = grad_scale, found_inf
-        self._changes = StateChanges(state, self._what)
+        self._changes = StateChanges(state, what)
         self._windows: list[WindowRows] = []
+        self._passes: list[Pass] = []
+        self._counting: Counting | None = None
         self._written = False
 
     def take(self) -> None:
@@ -124,84 +151,96 @@ class Step:
                 self._forget_ids()
                 return
             self._found_inf = None
-        groups = self._begin()
-        self._take(groups, [group for group in groups if group.closes], adds=True)
+        lazy: list[GroupStep] = []
+        closing: list[GroupStep] = []
+        for group in self._begin():
+            if group.history is not None:
+                lazy.append(group)
+            if group.closes:
+                closing.append(group)
+        self._take(self._groups, closing, lazy, True)
 
     def close_windows(self) -> None:
         """Close the open accumulation windows without another gradient."""
         if is_capturing():
             check_capture(self._what, self._options, (None, None))
-        groups = self._begin()
-        for group in groups:
+        for group in self._begin():
             group.closes = group.in_window
             if group.closes:
                 self._windows += window_rows(group, self._changes.state, adds=False)
-        closing = [group for group in groups if group.closes]
+        closing = [group for group in self._groups if group.closes]
+        lazy = [group for group in closing if group.history is not None]
         if closing:
-            self._take(closing, closing, adds=False)
+            self._take(closing, closing, lazy, False)
 
     def _begin(self) -> list[GroupStep]:
-        each = zip(self._options, self._clocks, strict=True)
-        self._groups = [GroupStep(i, group, clock) for i, (group, clock) in enumerate(each)]
-        return self._groups
+        clocks, groups = self._clocks, self._groups
+        for options in self._options:
+            groups.append(GroupStep(len(groups), options, clocks[len(groups)]))
+        return groups
 
-    def _take(self, groups: list[GroupStep], closing: list[GroupStep], *, adds: bool) -> None:
+    def _take(
+        self, groups: list[GroupStep], closing: list[GroupStep], lazy: list[GroupStep], adds: bool
+    ) -> None:
         """Do it wholly or, if it raises, not at all; if a signal's handler raises, either."""
-        write: Callable[[], None] | None = None
+        prepared = False
         try:
-            write = self._prepare_all(groups, closing, adds=adds)
-            if write is not None:
-                finish(write)
+            prepared = self._prepare_all(groups, closing, lazy, adds)
+            if prepared:
+                self._write(groups, lazy, adds)
             else:
                 finish(self._changes.take_back)
                 self._forget_ids()
         except BaseException as error:
-            if write is None:
+            if not prepared:
                 finish(self._changes.take_back)
             elif not self._written:
-                finish(write)
+                finish(lambda: self._write(groups, lazy, adds))
             if _native.C is not None and isinstance(error, _native.C.UpdateError):
                 raise _native.translated(error, self._label) from None
             raise
 
     def _prepare_all(
-        self, groups: list[GroupStep], closing: list[GroupStep], *, adds: bool
-    ) -> Callable[[], None] | None:
-        """Check and allocate; return what writes, or None if AMP cancels the step."""
-        found_inf, states = self._found_inf, self._changes.state
-        lazy = [group for group in groups if group.history is not None]
+        self, groups: list[GroupStep], closing: list[GroupStep], lazy: list[GroupStep], adds: bool
+    ) -> bool:
+        """Check and allocate; return False if AMP cancels the step."""
         if lazy:
             place_histories(lazy)
-        passes = [self._prepare(groups, adds=True)] if adds else []
+        passes = self._passes
+        if adds:
+            passes.append(self._prepare(groups, adds=True))
         if closing:
             passes.append(self._prepare(closing, adds=False))
-        unknown = False
-        if found_inf is not None:
-            cancelled = [each.cancelled(found_inf) for each in passes]
+        if self._found_inf is not None:
+            cancelled = [each.cancelled(self._found_inf) for each in passes]
             if any(cancelled):
-                return None
-            unknown = None in cancelled
-        counting = prepare_counting(lazy, states, passes[-1].native) if lazy else None
-        for each in passes:
-            for group, position in each.rewritten:
-                warn_if_behind(group, position, states)
-
-        def write() -> None:
+                return False
+            if None not in cancelled:
+                self._found_inf = None
+        if lazy:
+            states = self._changes.state
+            self._counting = prepare_counting(lazy, states, passes[-1].native)
             for each in passes:
-                each.apply(self._grad_scale, states)
-            if counting is not None:
-                counting.count(found_inf if unknown else None)
-                note_current_tables(self._tracked, lazy, adds=adds, certain=not unknown)
-            if any(group.window for group in groups):
-                advance_windows(groups, self._windows, states)
-            if adds:
-                self._forget_ids()
-            for group in groups:
-                if group.history is not None or group.window:
-                    group.put_placeholders()
-            self._written = True
+                for group, position in each.rewritten:
+                    warn_if_behind(group, position, states)
+        return True
 
-        return write
+    def _write(self, groups: list[GroupStep], lazy: list[GroupStep], adds: bool) -> None:
+        """Write what has been prepared. May be repeated, from whatever line on."""
+        states = self._changes.state
+        for each in self._passes:
+            each.apply(self._grad_scale, states)
+        if self._counting is not None:
+            self._counting.count(self._found_inf)
+            note_current_tables(self._tracked, lazy, adds=adds, certain=self._found_inf is None)
+        if adds and self._tracked:
+            self._forget_ids()
+        for group in groups:
+            if group.window:
+                advance_window(group, self._windows, states)
+            if group.window or group.history is not None:
+                group.put_placeholders()
+        self._written = True
 
     def _forget_ids(self) -> None:
         """The next step's record of used rows begins; also after a step that AMP cancelled."""
@@ -235,7 +274,8 @@ class Step:
             if adds and group.history is not None:
                 check_lazy(group.options)
                 group.history.check_room()
-                self._prepare_thaw(this, group)
+                if group.clock.frozen:
+                    self._prepare_thaw(this, group)
             rows = _NO_ROWS
             if not adds:
                 rows = {window.param: window.rows for window in self._windows}
@@ -244,7 +284,10 @@ class Step:
             if not group.native:
                 rest: Iterable[int] = range(len(group.params))
             else:
-                rest = self._add_to_native(this, group, adds, rows)
+                if group.whole:
+                    rest = self._add_parts_to_native(this, group, adds, rows)
+                else:
+                    rest = self._add_to_native(this, group, group.rule(adds), rows, None)
                 if rest and group.options["fused"]:
                     raise RuntimeError(self._why_not_native(group, rest[0]))
             if rest:
@@ -279,19 +322,17 @@ class Step:
             masks[p] = used.mask(p.device)
         return masks
 
-    def _add_to_native(
+    def _add_parts_to_native(
         self, this: Pass, group: GroupStep, adds: bool, rows: dict[Tensor, Tensor]
     ) -> list[int]:
-        """Add a group to the native step; return the positions that have no native kernel."""
-        whole = [i for i, p in enumerate(group.params) if p in group.whole] if group.whole else []
-        if not whole:
-            return self._add_rule_to_native(this, group, group.rule(adds), rows, None)
+        """Add a group some of whose parameters are updated as with ``rows=None``."""
+        whole = [i for i, p in enumerate(group.params) if p in group.whole]
         by_rows = sorted(set(range(len(group.params))) - set(whole))
-        rest = self._add_rule_to_native(this, group, group.rule(adds), rows, by_rows)
+        rest = self._add_to_native(this, group, group.rule(adds), rows, by_rows)
         rule = group.rule(adds, whole=True)
-        return sorted(rest + self._add_rule_to_native(this, group, rule, rows, whole))
+        return sorted(rest + self._add_to_native(this, group, rule, rows, whole))
 
-    def _add_rule_to_native(
+    def _add_to_native(
         self,
         this: Pass,
         group: GroupStep,
@@ -299,6 +340,7 @@ class Step:
         rows: dict[Tensor, Tensor],
         positions: list[int] | None,
     ) -> list[int]:
+        """Add parameters of a group, all or some; return those that have no native kernel."""
         history = group.history
         arguments = (
             group.params,
@@ -310,7 +352,8 @@ class Step:
             None if history is None else history.native(),
         )
         without_state, rest, lagging, idle, rewritten = this.native.add_group(*arguments, positions)
-        this.rewritten += [(group, position) for position in rewritten]
+        if rewritten:
+            this.rewritten += [(group, position) for position in rewritten]
         if idle:
             look_at_idle(group, idle, self._changes)
         if without_state:

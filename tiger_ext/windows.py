@@ -13,7 +13,7 @@ from torch import Tensor
 from tiger_ext.group_step import GroupStep
 from tiger_ext.state import unlisted
 
-__all__ = ["WindowRows", "advance_windows", "window_rows"]
+__all__ = ["WindowRows", "advance_window", "window_rows"]
 
 
 @dataclass
@@ -49,20 +49,15 @@ def window_rows(
     return found
 
 
-def advance_windows(
-    groups: list[GroupStep], rows: list[WindowRows], states: Mapping[Tensor, Any]
-) -> None:
-    """Count the micro-step that was taken, and keep the rows of windows that stay open.
+def advance_window(group: GroupStep, rows: list[WindowRows], states: Mapping[Tensor, Any]) -> None:
+    """Count the micro-step that was taken, and keep the rows of a window that stays open.
 
-    May be repeated.
+    May be repeated. ``rows``: of all groups.
     """
     for each in rows:
-        state = states[each.param]
-        if each.group.closes:
-            state.pop("window_rows", None)
-        else:
-            state["window_rows"] = each.rows
-    for group in groups:
-        if group.window:
-            group.clock.windows = group.window if group.closes else group.window - 1
-            group.clock.micro_steps = 0 if group.closes else group.micro_step
+        if each.group is group and group.closes:
+            states[each.param].pop("window_rows", None)
+        elif each.group is group:
+            states[each.param]["window_rows"] = each.rows
+    group.clock.windows = group.window if group.closes else group.window - 1
+    group.clock.micro_steps = 0 if group.closes else group.micro_step

@@ -109,13 +109,15 @@ sanitize: build/sanitize/.built
 
 # Both parts run, whatever the first one finds.
 FUZZ_SECONDS ?= 300
-FUZZ_ARGS ?=
+FUZZ_ARGS ?= --seed 1
 FUZZ := tests/fuzz --seconds $$(($(FUZZ_SECONDS) / 2)) $(FUZZ_ARGS)
 fuzz: build build/sanitize/.built
 	failed=0; export OMP_NUM_THREADS=1 TIGER_EXT_REQUIRE_NATIVE=1; \
 	$(BIN)/python $(FUZZ) --only programs --json build/fuzz-programs.json || failed=1; \
 	cd build/sanitize/lib && $(SANITIZED) $(CURDIR)/$(BIN)/python $(CURDIR)/$(FUZZ) \
 	  --only checkpoints --json $(CURDIR)/build/fuzz-checkpoints.json || failed=1; \
+	$(SANITIZED) $(CURDIR)/$(BIN)/python $(PYTEST) -q $(CURDIR)/tests/test_two_threads.py \
+	  $(CURDIR)/tests/test_checked_memory.py || failed=1; \
 	exit $$failed
 
 # Every CUDA kernel, compiled by the host compiler and run by the emulator in tests/cuda_on_cpu.

@@ -14,7 +14,7 @@ from both import (
     shifted,
     synchronize,
 )
-from cases import RULES, every_rule, parameter
+from cases import RULES, clock_of, every_rule, parameter
 from oracle import same_bits, unchanged
 from torch.nn import Parameter
 
@@ -259,9 +259,9 @@ def test_the_first_fault_stays_until_it_is_read(rule):
     trainer.bias.grad = None
     for step, ids in zip(steps, ([3, 77], [88, 4, 99])):
         trainer.table.grad = moved(entries(trainer.table, ids), DEVICE)
-        group = GroupStep(0, trainer.opt.param_groups[0])
+        group = GroupStep(0, trainer.opt.param_groups[0], clock_of(trainer.opt))
         arguments = (group.params, trainer.opt.state, 0, group.rule(True), group.lr, {})
-        assert step.add_group(*arguments, None, None) == ([], [], [])
+        assert step.add_group(*arguments, None, None) == ([], [], [], [], [])
         step.prepare()
     synchronize()
     trainer.assert_reported(IndexError, r" 77\b.*\b30 rows \(one of 3 faulty entries\)$")

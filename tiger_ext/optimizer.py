@@ -58,6 +58,7 @@ class MixedOptimizer(torch.optim.Optimizer):
         algorithm = ALGORITHMS[self._algorithm]
         plain = {name: plain_option(name, defaults[name], algorithm) for name in algorithm.defaults}
         self._clocks = Clocks()
+        self._begin_anew()
         self._constructing = True
         super().__init__(params, plain)
         del self._constructing
@@ -180,8 +181,8 @@ class MixedOptimizer(torch.optim.Optimizer):
                 groups,
                 self._clocks.of(groups),
                 self.state,
-                self._used_rows(),
-                self._faults(),
+                self._tracked,
+                self._faults,
                 grad_scale,
                 found_inf,
             )
@@ -209,12 +210,12 @@ class MixedOptimizer(torch.optim.Optimizer):
         """Return the groups whose rows may be behind."""
         return [group for group in self._group_steps() if group.history is not None]
 
-    def _faults(self) -> Any:
-        """Return the place where a GPU reports bad row indices; not part of any state dict."""
-        faults = self.__dict__.get("_device_faults")
-        if faults is None and _native.C is not None:
-            faults = self.__dict__["_device_faults"] = _native.C.Faults()
-        return faults
+    def _begin_anew(self) -> None:
+        """Create, unless it is there, what is not part of any copy or state dict."""
+        if "_tracked" not in self.__dict__:
+            self._tracked = TrackedTables()  # what tracked modules have recorded
+            # The place where a GPU reports bad row indices.
+            self._faults = None if _native.C is None else _native.C.Faults()
 
     # -------------------------------------------------------------------------------- tracking
 
@@ -256,22 +257,15 @@ class MixedOptimizer(torch.optim.Optimizer):
                         group.clock.warned.add(p)  # the module itself writes to the rows it reads
                     used.current = group.history is not None and not group.history.started
                     check_shapes(p, self.state.get(p, {}))
-                    return TrackingHandle(module, self._used_rows().add(used), _Reader(self, p))
+                    return TrackingHandle(module, self._tracked.add(used), _Reader(self, p))
         raise ValueError(
             f"the {list(table.shape)} parameter of {type(module).__name__} is not one of this "
             f"{type(self).__name__}'s"
         )
 
-    def _used_rows(self) -> TrackedTables:
-        """Return what tracked modules have recorded; not part of any state dict."""
-        tables = self.__dict__.get("_tracked")
-        if tables is None:
-            tables = self.__dict__["_tracked"] = TrackedTables()
-        return tables
-
     def _catch_up_ids(self, p: Tensor, ids: Tensor) -> None:
         """Bring the rows that a tracked module is about to read up to date."""
-        used = self._used_rows().get(p)
+        used = self._tracked.get(p)
         if used is None or not used.current or is_capturing():
             lazy.catch_up_ids(p, ids, self._lazy_groups(), self._changes())
 
@@ -301,12 +295,12 @@ class MixedOptimizer(torch.optim.Optimizer):
             )
         if _native.C is not None:
             try:
-                _native.C.Step(self._faults(), None, None)
+                _native.C.Step(self._faults, None, None)
             except _native.C.UpdateError as error:
                 raise _native.translated(error, self._label) from None
         groups = self._lazy_groups()
         lazy.flush(groups, self._changes(), progress)
-        for p, used in self._used_rows().items():
+        for p, used in self._tracked.items():
             history = next((g.history for g in groups if p in g.clock.params), None)
             used.current = history is not None and not history.replayed and p.requires_grad
 
@@ -358,7 +352,7 @@ class MixedOptimizer(torch.optim.Optimizer):
 
         def restore(_: Any) -> None:
             loaded.restore(self.param_groups, self.state, self._clocks)
-            for used in self._used_rows().values():
+            for used in self._tracked.values():
                 used.current = False
 
         # Registered last, the first hook sees the dict that all other hooks have made; registered
@@ -378,8 +372,9 @@ class MixedOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from a pickle or state dict; older ones get the newer options' defaults."""
         self.__dict__.setdefault("_clocks", Clocks())
+        self._begin_anew()
         super().__setstate__(state)
-        for used in self._used_rows().values():
+        for used in self._tracked.values():
             used.current = False
         for group in self.param_groups:
             algorithm = algorithm_of(group.setdefault("algorithm", self._algorithm))
@@ -413,7 +408,7 @@ class _Reader:
             return False
         if not replica:
             optimizer._catch_up_ids(self._p, ids)
-        elif not optimizer._used_rows()[self._p].current and any(
+        elif not optimizer._tracked[self._p].current and any(
             q is self._p for group in optimizer._lazy_groups() for q in group.params
         ):
             raise RuntimeError(

@@ -255,7 +255,7 @@ def test_the_first_fault_stays_until_it_is_read(rule):
     good = entries(trainer.table, [1, 2])
     trainer.step(good)
     # Steps that have begun before the other's kernels found anything.
-    steps = [_native.C.Step(trainer.opt._faults(), None, None) for _ in range(2)]
+    steps = [_native.C.Step(trainer.opt._faults, None, None) for _ in range(2)]
     trainer.bias.grad = None
     for step, ids in zip(steps, ([3, 77], [88, 4, 99])):
         trainer.table.grad = moved(entries(trainer.table, ids), DEVICE)

@@ -30,8 +30,9 @@ SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 CPP_FILES := $(filter-out %.md,$(shell find csrc tests/cpp tests/cuda_on_cpu -type f \
   -not -name '*.py' -not -name '*.pyc'))
 # Tests on all cores, and torch on one thread but where a test asks for more. `make cuda-build` runs
-# the same tests in turn, with torch on all cores.
+# those of the kernels in turn as well, with torch on all cores.
 PARALLEL := -n auto --dist worksteal
+THREADED := test_dense test_rows test_determinism test_two_threads
 BENCHMARKS := sparse dense small_tensors embedding_step embedding_options lazy clip
 
 .PHONY: all build demo test test-cpp check bench wheel lint sanitize cuda-build cuda-on-cpu \
@@ -164,7 +165,9 @@ cuda-build: $(CUDA_VENV)/.ready
 	cd build/cuda/run && PYTHONPATH=../lib TIGER_EXT_REQUIRE_NATIVE=1 \
 	  ../../../$(CUDA_VENV)/bin/python -m tiger_ext
 	cd build/cuda/run && PYTHONPATH=$(CURDIR)/build/cuda/lib TIGER_EXT_REQUIRE_NATIVE=1 \
-	  $(CURDIR)/$(CUDA_VENV)/bin/python $(PYTEST) $(CURDIR)/tests
+	  OMP_NUM_THREADS=1 $(CURDIR)/$(CUDA_VENV)/bin/python $(PYTEST) $(PARALLEL) $(CURDIR)/tests
+	cd build/cuda/run && PYTHONPATH=$(CURDIR)/build/cuda/lib TIGER_EXT_REQUIRE_NATIVE=1 \
+	  $(CURDIR)/$(CUDA_VENV)/bin/python $(PYTEST) $(THREADED:%=$(CURDIR)/tests/%.py)
 
 # For CUDA to PTX only: `make cuda-build` goes further.
 CMAKE_TORCH = $(BIN)/cmake -S . -B build/cmake-$(1) -G Ninja -DTIGER_EXT_TORCH=ON \

@@ -146,7 +146,7 @@ MISFITS = {
     "one clock beside windows of rows": (
         WINDOW,
         state("last_step", torch.zeros((), dtype=torch.int32)),
-        r"last_step: got \[\], expected the shape of window, \[5\]",
+        r"last_step: got \[\], expected the first dimensions of \[5, 3\]",
     ),
     "rows of a window that are none": (
         WINDOW,
@@ -170,6 +170,21 @@ MISFITS = {
     "a momentum of integers": ({}, state("exp_avg", torch.ones(5, 3).long()), "got torch.int64"),
     "a sparse momentum": ({}, state("exp_avg", torch.ones(5, 3).to_sparse()), "exp_avg: got"),
     "a momentum without data": ({}, state("exp_avg", torch.ones(5, 3, device="meta")), "meta"),
+    "a momentum that is a number": (
+        {},
+        state("exp_avg", 3.0),
+        "exp_avg: got 3.0, expected a tensor",
+    ),
+    "a momentum that is a list": (
+        {},
+        state("exp_avg", [[1.0]]),
+        "exp_avg: got .*, expected a tensor",
+    ),
+    "one clock for a table": (
+        LAZY,
+        state("last_step", torch.zeros((), dtype=torch.int32)),
+        r"last_step: got \[\], expected the first dimensions of \[5, 3\]",
+    ),
     "another rule's moment": (
         {},
         state("exp_avg_sq", torch.ones(5, 3)),
@@ -296,6 +311,12 @@ def test_a_lazy_optimizer_stays_lazy(lazy):
     other = trained()
     other.load_state_dict(trained(lazy=lazy).state_dict())
     assert other.param_groups[0]["lazy"] == lazy
+
+
+@pytest.mark.parametrize("saved", [None, 5, [], "text"], ids=repr)
+def test_what_is_no_dict_is_refused(saved):
+    with pytest.raises(ValueError, match=f"expects a dict, got {type(saved).__name__}"):
+        trained().load_state_dict(saved)
 
 
 def test_loading_copies_state_once():

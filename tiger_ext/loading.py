@@ -174,6 +174,7 @@ def _checked_state(
     if not isinstance(saved, Mapping):
         _refuse(where, "state", saved, "a dict")
     algorithm = algorithm_of(group["algorithm"])
+    moments = [moment.name for moment in algorithm.moments]
     now = 0 if clock.history is None else clock.history.steps
     own: dict[str, Any] = {}
     for name, value in saved.items():
@@ -184,6 +185,8 @@ def _checked_state(
             own[name] = _step(where, value, p)
         elif name in ("window", "window_rows", "last_step"):
             own[name] = _integers(where, name, value, p)
+        elif name in moments and not isinstance(value, Tensor):
+            _refuse(where, name, value, "a tensor")
         elif isinstance(value, Tensor):
             _check_moment(where, name, value, p, algorithm)
             own[name] = value.detach().to(p.device, copy=True)
@@ -245,7 +248,8 @@ def _integers(where: str, name: str, value: Any, p: Tensor) -> Tensor:
     if value.dtype not in _INTEGERS:
         _refuse(where, name, value.dtype, "integers")
     _check_readable(where, name, value, p)
-    if name != "window_rows" and value.shape != p.shape[: value.dim()]:
+    least = 1 if name == "last_step" and p.dim() >= 2 else 0
+    if name != "window_rows" and (value.dim() < least or value.shape != p.shape[: value.dim()]):
         _refuse(where, name, list(value.shape), f"the first dimensions of {list(p.shape)}")
     if name == "window_rows" and value.dim() != 2:
         _refuse(where, name, list(value.shape), "[row dimensions, entries]")

@@ -345,6 +345,8 @@ class MixedOptimizer(torch.optim.Optimizer):
                 options or state, an illegal value, a tensor of another shape or kind of dtype, a
                 clock that is ahead of its history. It is checked wholly before anything changes.
         """
+        if not isinstance(state_dict, dict):
+            raise ValueError(f"load_state_dict expects a dict, got {type(state_dict).__name__}")
         loaded = Loaded(self.param_groups)
 
         def check(_: Any, final: dict[str, Any]) -> dict[str, Any]:

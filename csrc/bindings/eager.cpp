@@ -468,7 +468,12 @@ void bind_eager(py::module_& m) {
              return copy == h.copies().end() ? std::nullopt : std::optional(copy->second->steps());
            })
       .def("forget", &GroupHistory::forget)
-      .def("rewritten", &GroupHistory::rewritten)
+      .def("rewritten",
+           [](GroupHistory& h, int64_t position, const at::Tensor& param) {
+             // Not while another thread is about to bring rows up to date.
+             const std::unique_lock lock(h.rows(), std::try_to_lock);
+             return lock && h.rewritten(position, param);
+           })
       .def("note", &GroupHistory::note)
       .def("read", [](const GroupHistory& h) {
         if (h.copies().empty()) throw std::runtime_error("tiger_ext: the history has no copy");

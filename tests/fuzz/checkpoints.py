@@ -186,6 +186,8 @@ class Mutations:
         old, target = self.saved["state"][i][name], f'saved["state"][{i}][{name!r}]'
         if name == "step":
             return f"{target} = {rng.choice(_choices(_STEPS))}"
+        if not isinstance(old, torch.Tensor):  # since when a parameter stands still
+            return f"{target} = {rng.choice(_choices(_STEPS))}"
         if rng.random() < 0.4:
             values = _FLOATS if old.is_floating_point() else _INTEGERS
             value = rng.choice(_choices(values))

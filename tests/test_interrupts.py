@@ -224,14 +224,18 @@ def test_a_ctrl_c_from_another_thread():
 
     thread = threading.Thread(target=press)
     interrupted = False
-    thread.start()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        while not interrupted:
+        thread.start()
+        until = time.monotonic() + 20
+        while time.monotonic() < until:
             run = Run(Tiger, {"lazy": "exact"})
             for _ in range(3):
                 run.step()
     except KeyboardInterrupt:
         interrupted = True
+    finally:
+        signal.signal(signal.SIGINT, before)
     thread.join()
     assert interrupted
     found = run.everything()

@@ -115,7 +115,7 @@ _LEGAL_VALUES = {
 }
 _ILLEGAL_CLOCKS = ("2**31 - 1", "-(2**31)", "10**6", "-(10**6)")
 # Refusals of a step that come from its gradients, not from what was loaded.
-_LEGAL = ("within an accumulation window", "count at most")
+_LEGAL = ("accumulation window", "count at most")
 
 
 def _choices(text: str) -> list[str]:

@@ -212,3 +212,24 @@ def test_a_table_thaws_beside_one_of_equal_values(fused):
     optimizer.flush()
     torch.testing.assert_close(first, torch.full((ROWS, DIM), 0.99**3))
     torch.testing.assert_close(second, torch.full((ROWS, DIM), 0.99))
+
+
+@every_road
+def test_a_table_frozen_just_before_its_window_is_closed_early(fused):
+    table, other = nn.Parameter(torch.ones(ROWS, DIM)), nn.Parameter(torch.ones(2))
+    optimizer = Tiger(
+        [table, other],
+        lr=0.1,
+        weight_decay=0.1,
+        lazy="decay",
+        accumulation_steps=2,
+        fused=fused,
+    )
+    other.grad = torch.ones(2)
+    for _ in range(3):  # one window, and the first micro-step of another
+        optimizer.step()
+    table.requires_grad_(False)
+    optimizer.close_window()
+    table.requires_grad_(True)
+    optimizer.flush()
+    torch.testing.assert_close(table, torch.full((ROWS, DIM), 0.99))

@@ -209,6 +209,10 @@ class Step:
         passes = self._passes
         if adds:
             passes.append(self._prepare(groups, adds=True))
+        else:
+            for group in lazy:  # what has been frozen since the last micro-step
+                frozen = [i for i, p in enumerate(group.params) if not p.requires_grad]
+                look_at_idle(group, frozen, self._changes)
         if closing:
             passes.append(self._prepare(closing, adds=False))
         if self._found_inf is not None:

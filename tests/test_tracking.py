@@ -818,3 +818,23 @@ def test_embeddings_are_searched_once(monkeypatch):
         model(IDS).sum().backward()
         optimizer.step()
     assert len(searches) == 1
+
+
+def test_a_read_looks_at_no_other_parameter():
+    # Whatever the number of parameters in the optimizer: each would have to be looked at.
+    class Counted(list):
+        looked = 0
+
+        def __iter__(self):
+            Counted.looked += 1
+            return super().__iter__()
+
+    table = nn.Embedding(ROWS, 4)
+    others = [nn.Parameter(torch.ones(1)) for _ in range(20)]
+    optimizer = Tiger([*others, table.weight], rows="tracked", lazy="decay")
+    optimizer.track(table)
+    table(IDS).sum().backward()
+    optimizer.step()
+    optimizer.param_groups[0]["params"] = Counted(optimizer.param_groups[0]["params"])
+    table(IDS)
+    assert Counted.looked == 0

@@ -25,6 +25,7 @@ class GroupClock:
     """The counters of one parameter group.
 
     Attributes:
+        params: the group's parameters, and where they stand in it.
         history: the steps of a lazy mode; None: the group has never been in one.
         windows: the accumulation windows that were closed.
         micro_steps: the steps of the open one.
@@ -52,7 +53,7 @@ class GroupClock:
 
     def __init__(self, params: Iterable[Tensor]) -> None:
         """Begin, for a group of these parameters."""
-        self.params = set(params)
+        self.params = {p: position for position, p in enumerate(params)}
         self.history: History | None = None
         self.windows, self.micro_steps = 0, 0
         self.begins: dict[Tensor, int] = {}
@@ -80,7 +81,7 @@ class GroupClock:
         assert history is not None
         if p in self.clocked or p not in self.params:  # its state was cleared; it is another table
             self.clocked.discard(p)
-            self.params.add(p)
+            self.params.setdefault(p, -1)  # until the group is looked at anew
             self.begins[p] = history.steps
         return max(self.begins.get(p, 0), history.begin)
 
@@ -116,16 +117,15 @@ class GroupClock:
 
     def admit(self, params: Iterable[Tensor]) -> list[Tensor]:
         """Take in parameters that the group's list has got since; return those that are new."""
-        params = set(params)
-        new = [p for p in params if p not in self.params]
-        self.params = params
+        known, self.params = self.params, {p: position for position, p in enumerate(params)}
+        new = [p for p in self.params if p not in known]
         if self.history is not None:
             for p in new:
                 self.begins[p] = self.history.steps
         for old in (self.begins, self.frozen, self.versions):
-            for p in [p for p in old if p not in params]:
+            for p in [p for p in old if p not in self.params]:
                 del old[p]
-        self.clocked &= params
+        self.clocked &= self.params.keys()
         return new
 
     # ------------------------------------------------------------------------- state dicts
@@ -170,6 +170,17 @@ class Clocks:
                 return self._match(groups)
         return clocks
 
+    def find(self, groups: list[dict[str, Any]], p: Tensor) -> tuple[int, GroupClock] | None:
+        """Return the index of a parameter's group, and its clock; None if there is none."""
+        for index, clock in enumerate(self.of(groups)):
+            if p in clock.params:
+                params = groups[index]["params"]
+                position = clock.params[p]
+                if not (0 <= position < len(params) and params[position] is p):
+                    clock.admit(params)  # it has been moved within the group
+                return index, clock
+        return None
+
     def _match(self, groups: list[dict[str, Any]]) -> list[GroupClock]:
         own = {id(group): clock for group, clock in zip(self._groups, self._clocks, strict=True)}
         free = [clock for key, clock in own.items() if all(key != id(g) for g in groups)]
@@ -177,7 +188,9 @@ class Clocks:
         for group in groups:
             clock = own.get(id(group))
             if clock is None:
-                clock = next((c for c in free if not c.params.isdisjoint(group["params"])), None)
+                clock = next(
+                    (c for c in free if not c.params.keys().isdisjoint(group["params"])), None
+                )
                 if clock is None:
                     clock = GroupClock(group["params"])
                 else:
@@ -191,7 +204,7 @@ class Clocks:
         """Give each group another clock."""
         warned = {p for clock in self._clocks for p in clock.warned}
         for clock in clocks:
-            clock.warned = warned & clock.params
+            clock.warned = warned & clock.params.keys()
         self._groups, self._clocks = list(groups), clocks
 
 

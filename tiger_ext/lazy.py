@@ -117,21 +117,17 @@ def _catch_up_natively(
     return True
 
 
-def catch_up_ids(
-    p: Tensor, ids: Tensor, groups: Iterable[GroupStep], changes: StateChanges
-) -> None:
+def catch_up_ids(group: GroupStep, position: int, ids: Tensor, changes: StateChanges) -> None:
     """Bring the rows that a tracked module is about to read up to date."""
-    for group in groups:
-        if group.history is None or not (group.history.started or is_capturing()):
-            continue
-        for position, q in enumerate(group.params):
-            if q is p and _has_clock(group, position, changes):
-                if is_rewritten(group, position):
-                    warn_if_behind(group, position, changes.state)
-                state = changes.state[p]
-                last_step = state["last_step"]
-                # Ids are indices of the first dimension.
-                catch_up(group, position, state, last_step, None if last_step.dim() != 1 else ids)
+    assert group.history is not None
+    started = group.history.started or is_capturing()
+    if started and _has_clock(group, position, changes):
+        if is_rewritten(group, position):
+            warn_if_behind(group, position, changes.state)
+        state = changes.state[group.params[position]]
+        last_step = state["last_step"]
+        # Ids are indices of the first dimension.
+        catch_up(group, position, state, last_step, None if last_step.dim() != 1 else ids)
 
 
 def flush(groups: Iterable[GroupStep], changes: StateChanges, progress: bool | None) -> None:

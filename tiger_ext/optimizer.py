@@ -252,6 +252,7 @@ class MixedOptimizer(torch.optim.Optimizer):
         for group in self._group_steps():
             for position, p in enumerate(group.params):
                 if p is table:
+                    group.clock.admit(group.params)  # it may have taken another one's place
                     used = UsedRows(group.name(position), p)
                     if getattr(module, "max_norm", None) is not None:
                         group.clock.warned.add(p)  # the module itself writes to the rows it reads
@@ -262,12 +263,6 @@ class MixedOptimizer(torch.optim.Optimizer):
             f"the {list(table.shape)} parameter of {type(module).__name__} is not one of this "
             f"{type(self).__name__}'s"
         )
-
-    def _catch_up_ids(self, p: Tensor, ids: Tensor) -> None:
-        """Bring the rows that a tracked module is about to read up to date."""
-        used = self._tracked.get(p)
-        if used is None or not used.current or is_capturing():
-            lazy.catch_up_ids(p, ids, self._lazy_groups(), self._changes())
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -401,24 +396,39 @@ class _Reader:
         self._optimizer = weakref.ref(optimizer)
         self._p = p
 
-    @torch.inference_mode(False)  # state that is created here outlives it
-    @torch.no_grad()
     def __call__(self, ids: Tensor, replica: bool) -> bool:
-        """Bring the rows up to date; return whether the next step must know of them."""
-        optimizer = self._optimizer()
+        """Bring the rows up to date; return whether the next step must know of them.
+
+        The cost does not depend on how many other parameters there are.
+        """
+        optimizer, p = self._optimizer(), self._p
         if optimizer is None:
             return False
-        if not replica:
-            optimizer._catch_up_ids(self._p, ids)
-        elif not optimizer._tracked[self._p].current and any(
-            q is self._p for group in optimizer._lazy_groups() for q in group.params
-        ):
-            raise RuntimeError(
-                "nn.DataParallel has copied a table in a lazy mode whose rows were not up to date: "
-                "call optimizer.flush() before each forward pass, track the nn.DataParallel itself "
-                "if it wraps nothing but the table's module, or use DistributedDataParallel"
-            )
-        return any(
-            group["rows"] == "tracked" and any(q is self._p for q in group["params"])
-            for group in optimizer.param_groups
-        )
+        if _is_inference_mode():  # state that is created here outlives it
+            with torch.inference_mode(False):
+                return self(ids, replica)
+        groups = optimizer.param_groups
+        found = optimizer._clocks.find(groups, p)
+        if found is None:
+            return False
+        options = groups[found[0]]
+        if options["lazy"] != "frozen" and not self._is_current(optimizer):
+            if replica:
+                raise RuntimeError(
+                    "nn.DataParallel has copied a table in a lazy mode whose rows were not up to "
+                    "date: call optimizer.flush() before each forward pass, track the "
+                    "nn.DataParallel itself if it wraps nothing but the table's module, or use "
+                    "DistributedDataParallel"
+                )
+            grad_mode = _is_grad_enabled()
+            try:
+                _set_grad_enabled(False)
+                group = GroupStep(found[0], options, found[1])
+                lazy.catch_up_ids(group, found[1].params[p], ids, optimizer._changes())
+            finally:
+                _set_grad_enabled(grad_mode)
+        return bool(options["rows"] == "tracked")
+
+    def _is_current(self, optimizer: MixedOptimizer) -> bool:
+        used = optimizer._tracked.get(self._p)
+        return used is not None and used.current and not is_capturing()

@@ -35,8 +35,9 @@ class UsedRows:
         self.rows = _rows_of(table)
         self.current = False
         self.modules = 0
-        # One more at each end takes the ids that are no row. It stays where it is from step to
-        # step, so that replays of a captured forward pass write where later steps look.
+        # One more at the end takes the ids that are no row, as indices -1 and `rows`. It stays
+        # where it is from step to step, so that replays of a captured forward pass write where
+        # later steps look.
         self._mask: Tensor | None = None
 
     def check_size(self) -> None:
@@ -55,7 +56,6 @@ class UsedRows:
         if rows != self.rows:
             self.rows, self._mask, self.current = rows, None, False
 
-    @torch.inference_mode(False)
     def record(self, ids: Tensor, padding: int | None = None) -> None:
         """Add ids of any shape, int32 or int64; duplicates are fine, ``padding`` is no row.
 
@@ -80,12 +80,12 @@ class UsedRows:
         if ids.device.type != "cpu":
             places = places.clamp(-1, self.rows)
         if padding is not None:
-            places = places.masked_fill(places == padding, -1)
-        mask.index_fill_(0, places + 1, 1)
+            places = places.masked_fill(places == padding, self.rows)
+        mask.index_fill_(0, places, 1)
 
     def mask(self, device: torch.device) -> Tensor:
         """Return a uint8 mask ``[rows]``, 1 where a row was used; `clear` empties it."""
-        return self._on(device)[1 : self.rows + 1]
+        return self._on(device)[: self.rows]
 
     def clear(self) -> None:
         """Forget what was recorded."""
@@ -100,7 +100,8 @@ class UsedRows:
                 "tracked module once, in training mode, before the capture"
             )
         if self._mask is None:
-            self._mask = torch.zeros(self.rows + 2, dtype=torch.uint8, device=device)
+            with torch.inference_mode(False):
+                self._mask = torch.zeros(self.rows + 1, dtype=torch.uint8, device=device)
         elif self._mask.device != device:
             self._mask = self._mask.to(device)
         return self._mask

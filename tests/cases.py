@@ -62,7 +62,7 @@ def set_grad(p: Tensor, grad: Tensor | None) -> None:
 
 def clock_of(optimizer: Any, group: int = 0) -> Any:
     """Return what an optimizer counts for a group."""
-    return optimizer._clocks.of(optimizer.param_groups)[group]
+    return optimizer._clocks.of(optimizer.param_groups, optimizer.state)[group]
 
 
 def dense_grad(p: Tensor, dtype: torch.dtype | None = None) -> Tensor:

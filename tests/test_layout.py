@@ -28,6 +28,7 @@ huge_pages group_step tracking_hooks
 state
 windows reference_step observers
 lazy loading
+passes
 step
 optimizer
 tiger lion adamw

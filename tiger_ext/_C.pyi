@@ -112,9 +112,13 @@ def catch_up(
     ids: Tensor | None,
     begin: int,
     end: int,
+    until: int | None,
     /,
 ) -> bool:
-    """Bring rows ``ids``, or [begin, end), up to date; return whether there is a kernel."""
+    """Bring rows ``ids``, or [begin, end), up to date; return whether there is a kernel.
+
+    ``until``: to that step of the past, and not to the present one.
+    """
 
 def build_info() -> dict[str, Any]: ...
 def cpu_isa() -> str: ...

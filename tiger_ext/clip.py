@@ -17,10 +17,9 @@ from torch.nn.utils.clip_grad import clip_grad_norm_ as _torch_clip_grad_norm_
 from torch.nn.utils.clip_grad import clip_grad_value_ as _torch_clip_grad_value_
 
 from tiger_ext import _native
+from tiger_ext.options import FLOATS
 
 __all__ = ["clip_grad_norm_", "clip_grad_value_"]
-
-_NATIVE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def clip_grad_norm_(
@@ -178,7 +177,7 @@ def _has_native_norm(grad: Tensor) -> bool:
     return (
         type(grad) is Tensor
         and grad.device.type == "cpu"
-        and grad.dtype in _NATIVE_DTYPES
+        and grad.dtype in FLOATS
         and grad.numel() > 0
     )
 

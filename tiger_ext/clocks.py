@@ -15,8 +15,10 @@ from torch import Tensor
 
 from tiger_ext.history import History
 
-__all__ = ["PLACEHOLDERS", "Clocks", "GroupClock"]
+__all__ = ["PLACEHOLDERS", "Clocks", "GroupClock", "without_placeholders"]
 
+# State by which a clock knows how far a parameter's rows are.
+_OF_ROWS = ("last_step", "window", "window_rows")
 # Keys of a parameter group that only state dicts give a meaning.
 PLACEHOLDERS: dict[str, Any] = {"history": "", "windows": 0, "micro_steps": 0}
 
@@ -83,6 +85,8 @@ class GroupClock:
             self.clocked.discard(p)
             self.params.setdefault(p, -1)  # until the group is looked at anew
             self.begins[p] = history.steps
+            if p in self.frozen:
+                self.frozen[p] = history.steps
         return max(self.begins.get(p, 0), history.begin)
 
     def steps_of(self, p: Tensor, now: Any) -> Any:
@@ -110,10 +114,6 @@ class GroupClock:
             self.clocked.add(p)
         else:
             self.clocked.discard(p)
-
-    def thawing(self) -> list[Tensor]:
-        """Return the frozen parameters that train again."""
-        return [p for p in self.frozen if p.requires_grad or p.grad is not None]
 
     def admit(self, params: Iterable[Tensor]) -> list[Tensor]:
         """Take in parameters that the group's list has got since; return those that are new."""
@@ -157,22 +157,25 @@ class Clocks:
         self._groups: list[dict[str, Any]] = []
         self._clocks: list[GroupClock] = []
 
-    def of(self, groups: list[dict[str, Any]]) -> list[GroupClock]:
+    def of(self, groups: list[dict[str, Any]], states: Mapping[Tensor, Any]) -> list[GroupClock]:
         """Return the clock of each group, a new one where there is none.
 
-        Groups may have been added, removed, moved or replaced by copies.
+        Groups may have been added, removed, moved or replaced by copies. What ``states``, the
+        optimizer's, says of the rows of a parameter that another clock has counted is dropped.
         """
         if len(self._groups) != len(groups):
-            return self._match(groups)
+            return self._match(groups, states)
         known, clocks = self._groups, self._clocks
         for k, group in enumerate(groups):
             if known[k] is not group or len(clocks[k].params) != len(group["params"]):
-                return self._match(groups)
+                return self._match(groups, states)
         return clocks
 
-    def find(self, groups: list[dict[str, Any]], p: Tensor) -> tuple[int, GroupClock] | None:
+    def find(
+        self, groups: list[dict[str, Any]], states: Mapping[Tensor, Any], p: Tensor
+    ) -> tuple[int, GroupClock] | None:
         """Return the index of a parameter's group, and its clock; None if there is none."""
-        for index, clock in enumerate(self.of(groups)):
+        for index, clock in enumerate(self.of(groups, states)):
             if p in clock.params:
                 params = groups[index]["params"]
                 position = clock.params[p]
@@ -181,7 +184,9 @@ class Clocks:
                 return index, clock
         return None
 
-    def _match(self, groups: list[dict[str, Any]]) -> list[GroupClock]:
+    def _match(
+        self, groups: list[dict[str, Any]], states: Mapping[Tensor, Any]
+    ) -> list[GroupClock]:
         own = {id(group): clock for group, clock in zip(self._groups, self._clocks, strict=True)}
         free = [clock for key, clock in own.items() if all(key != id(g) for g in groups)]
         matched = []
@@ -192,10 +197,12 @@ class Clocks:
                     (c for c in free if not c.params.keys().isdisjoint(group["params"])), None
                 )
                 if clock is None:
-                    clock = GroupClock(group["params"])
+                    clock = GroupClock(())
                 else:
                     free.remove(clock)
-            clock.admit(group["params"])
+            for p in clock.admit(group["params"]):
+                for name in _OF_ROWS:
+                    states.get(p, {}).pop(name, None)
             matched.append(clock)
         self._groups, self._clocks = list(groups), matched
         return matched

@@ -23,6 +23,8 @@ def finish(work: Callable[[], None]) -> None:
             work()
             break
         except BaseException as error:
+            if isinstance(error, Exception) and type(error) is type(interrupt):
+                raise  # it is the work's own
             interrupt = error
     if interrupt is not None:
         raise interrupt

@@ -10,12 +10,11 @@ from typing import Any
 from torch import Tensor
 
 from tiger_ext import _native
-from tiger_ext.capture import is_capturing
 from tiger_ext.clocks import PLACEHOLDERS, GroupClock
 from tiger_ext.history import History
 from tiger_ext.options import Moment, algorithm_of, direction_scale, moments_of
 
-__all__ = ["GroupStep", "is_capturing", "is_row_lazy", "parameter_name"]
+__all__ = ["GroupStep", "is_row_lazy", "parameter_name"]
 
 
 class GroupStep:

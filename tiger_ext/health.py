@@ -81,7 +81,7 @@ def health_report(optimizer: torch.optim.Optimizer) -> HealthReport:
     tables = []
     clocks = None
     if isinstance(optimizer, MixedOptimizer):
-        clocks = optimizer._clocks.of(optimizer.param_groups)
+        clocks = optimizer._clocks.of(optimizer.param_groups, optimizer.state)
     for g, group in enumerate(optimizer.param_groups):
         if clocks is not None:
             group = {**group, "history": clocks[g].history}

@@ -76,12 +76,6 @@ class History:
         self._ask()
         return self._steps
 
-    @steps.setter
-    def steps(self, value: int) -> None:
-        self._ask()
-        self._steps = value
-        self._native, self.replayed = None, False
-
     @property
     def settings(self) -> list[Setting]:  # noqa: D102
         self._ask()
@@ -172,6 +166,7 @@ class History:
 
         Of all steps, or of those up to ``until``.
         """
+        since, each = since.unique(return_inverse=True)  # there are fewer than rows
         log_decay, drift, log1, log2 = (
             torch.zeros_like(since, dtype=torch.float64) for _ in "ABPQ"
         )
@@ -198,7 +193,7 @@ class History:
             log1.exp().clamp(min=least).masked_fill(zero1, 0.0),
             log2.exp().clamp(min=least).masked_fill(zero2, 0.0),
         )
-        return Missed(log_decay.exp(), drift, betas)
+        return Missed(log_decay.exp()[each], drift[each], (betas[0][each], betas[1][each]))
 
     # ------------------------------------------------------------------------- for the kernels
 

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from tiger_ext import _native
+from tiger_ext.capture import is_capturing
 from tiger_ext.finish import finish
-from tiger_ext.group_step import GroupStep, is_capturing, is_row_lazy
+from tiger_ext.group_step import GroupStep, is_row_lazy
 from tiger_ext.options import algorithm_of
 from tiger_ext.progress import Progress
+from tiger_ext.reference import brought_to, current_up_to
 from tiger_ext.reference_step import catch_up_on_reference
 from tiger_ext.state import StateChanges, check_shapes, complete_state
 from tiger_ext.tracking import UsedRows
@@ -22,10 +24,10 @@ from tiger_ext.tracking import UsedRows
 __all__ = [
     "Counting",
     "catch_up",
-    "catch_up_ids",
     "flush",
     "is_rewritten",
     "look_at_idle",
+    "make_current",
     "note_current_tables",
     "note_version",
     "place_histories",
@@ -47,6 +49,7 @@ def catch_up(
     last_step: Tensor,
     ids: Tensor | None = None,
     progress: Callable[[int], Any] | None = None,
+    until: int | None = None,
 ) -> None:
     """Bring a parameter's rows, all or those of ``ids``, up to the group's present step.
 
@@ -57,6 +60,7 @@ def catch_up(
         last_step: its rows' clock; not the state's own where that is for other rows already.
         ids: integers of any shape, any number of times each.
         progress: told how many rows have been looked at.
+        until: a step of the past, in the place of the present one.
 
     Raises:
         IndexError: an id on the CPU is no row.
@@ -66,7 +70,8 @@ def catch_up(
     rows = last_step.numel()
     if p.numel() == 0 or p.is_meta:
         return
-    if not group.native or not _catch_up_natively(group, position, state, last_step, ids, progress):
+    arguments = (group, position, state, last_step, ids, progress, until)
+    if not group.native or not _catch_up_natively(*arguments):
         where: tuple[Tensor, ...] | None = None
         if ids is not None:
             ids = ids.reshape(-1).to(p.device, torch.int64)
@@ -80,7 +85,7 @@ def catch_up(
             check_shapes(p, state)
         except RuntimeError as error:
             raise RuntimeError(f"{group.name(position)}: {error}") from None
-        catch_up_on_reference(p, state, group, last_step, where)
+        catch_up_on_reference(p, state, group, last_step, where, until)
         note_version(group, position)
         if progress is not None:
             progress(rows)
@@ -93,6 +98,7 @@ def _catch_up_natively(
     last_step: Tensor,
     ids: Tensor | None,
     progress: Callable[[int], Any] | None,
+    until: int | None,
 ) -> bool:
     """Return whether there is a kernel; if so the rows are up to date."""
     p, history = group.params[position], group.history
@@ -106,7 +112,7 @@ def _catch_up_natively(
         end = min(begin + chunk, rows)
         try:
             there = _native.C.catch_up(
-                p, states, last_step, rule, history.native(), position, ids, begin, end
+                p, states, last_step, rule, history.native(), position, ids, begin, end, until
             )
         except _native.C.UpdateError as error:
             raise _native.translated(error, lambda *_: group.name(position)) from None
@@ -117,51 +123,67 @@ def _catch_up_natively(
     return True
 
 
-def catch_up_ids(group: GroupStep, position: int, ids: Tensor, changes: StateChanges) -> None:
-    """Bring the rows that a tracked module is about to read up to date."""
-    assert group.history is not None
-    started = group.history.started or is_capturing()
-    if started and _has_clock(group, position, changes):
-        if is_rewritten(group, position):
-            warn_if_behind(group, position, changes.state)
-        state = changes.state[group.params[position]]
-        last_step = state["last_step"]
-        # Ids are indices of the first dimension.
-        catch_up(group, position, state, last_step, None if last_step.dim() != 1 else ids)
+def make_current(
+    group: GroupStep,
+    position: int,
+    states: Mapping[Tensor, Any],
+    what: str,
+    ids: Tensor | None = None,
+    progress: Callable[[int], Any] | None = None,
+) -> None:
+    """Bring a parameter's rows up to date before they are read: all, or those of ``ids``.
+
+    Creates what a trainable parameter's state lacks, as rows that were never touched age as well. A
+    frozen one stands.
+
+    Args:
+        group: a group in a lazy mode.
+        position: of the parameter in it.
+        states: the optimizer's, by parameter.
+        what: what messages call the read.
+        ids: indices of the first dimension, int64, of any shape, any number of times each.
+        progress: told how many rows have been looked at.
+    """
+    p, history = group.params[position], group.history
+    assert history is not None
+    if not (history.started or is_capturing()):
+        return
+    if not p.requires_grad:
+        group.clock.freeze(p)
+        return
+    wanted = ("last_step", *(moment.name for moment in group.moments()))
+    if any(name not in states.get(p, {}) for name in wanted):
+        changes = StateChanges(states, what)
+        try:
+            complete_state(p, group, changes)
+        except BaseException:
+            finish(changes.take_back)
+            raise
+    last_step = states[p]["last_step"]
+    thaw(group, position, last_step, states)
+    if is_rewritten(group, position):
+        warn_if_behind(group, position, states)
+    if last_step.dim() != 1:
+        ids = None  # they are not the rows
+    catch_up(group, position, states[p], last_step, ids, progress)
 
 
-def flush(groups: Iterable[GroupStep], changes: StateChanges, progress: bool | None) -> None:
+def flush(
+    groups: Iterable[GroupStep],
+    states: Mapping[Tensor, Any],
+    what: str,
+    progress: bool | None,
+) -> None:
     """Bring every row up to date and begin the histories anew; ``progress``: of a bar."""
     behind = [g for g in groups if g.history is not None and g.history.started]
     rows = sum(len(p) if p.dim() else 1 for group in behind for p in group.params)
     with Progress("flush", rows, progress) as bar:
         for group in behind:
-            for position, p in enumerate(group.params):
-                if _has_clock(group, position, changes):
-                    state = changes.state[p]
-                    if is_rewritten(group, position):
-                        warn_if_behind(group, position, changes.state)
-                    catch_up(group, position, state, state["last_step"], progress=bar)
+            for position in range(len(group.params)):
+                make_current(group, position, states, what, progress=bar)
             assert group.history is not None
-            if not any(_frozen_behind(p, group, changes.state) for p in group.clock.frozen):
+            if not any(_frozen_behind(p, group, states) for p in group.clock.frozen):
                 finish(group.history.forget)
-
-
-def _has_clock(group: GroupStep, position: int, changes: StateChanges) -> bool:
-    """Create what a trainable parameter's state lacks; rows that were never touched age as well.
-
-    Return whether there is a clock to go by: a frozen parameter's stands.
-    """
-    p = group.params[position]
-    if not p.requires_grad:
-        group.clock.freeze(p)
-        return False
-    state = changes.state.get(p, {})
-    if not all(name in state for name in ("last_step", *(m.name for m in group.moments()))):
-        complete_state(p, group, changes)
-    if p in group.clock.frozen:
-        thaw(group, position, changes.state[p]["last_step"], changes.state)
-    return True
 
 
 # --------------------------------------------------------------------------- frozen parameters
@@ -205,9 +227,8 @@ def thaw(group: GroupStep, position: int, last_step: Tensor, states: Mapping[Ten
         return
     now = history.steps
     if until < now and not p.is_meta:
-        catch_up_on_reference(p, states[p], group, last_step, None, until)
-        last_step.copy_(torch.where(last_step < 0, -1 - now, now))
-    note_version(group, position)
+        catch_up(group, position, states[p], last_step, until=until)
+        last_step.copy_(brought_to(last_step, now))
     clock.frozen.pop(p, None)
 
 
@@ -221,7 +242,7 @@ def _frozen_behind(p: Tensor, group: GroupStep, states: Mapping[Tensor, Any]) ->
 
 def is_behind(last_step: Tensor, step: int) -> bool:
     """Return whether a row is not up to date with a step; waits for a GPU."""
-    return bool((torch.where(last_step < 0, -1 - last_step, last_step) < step).any())
+    return bool((current_up_to(last_step) < step).any())
 
 
 # ------------------------------------------------------------------------------- other writers
@@ -374,6 +395,7 @@ def note_current_tables(
     for p, used in tracked.items():
         group = next((group for group in lazy if p in group.clock.params), None)
         if group is None or group.history is None:
+            used.current = False
             continue
         whole = (
             adds

@@ -13,7 +13,7 @@ from torch import Tensor
 from tiger_ext.clocks import PLACEHOLDERS, Clocks, GroupClock
 from tiger_ext.group_step import parameter_name
 from tiger_ext.history import MAX_STEPS, History
-from tiger_ext.options import ALGORITHMS, Algorithm, algorithm_of, check_lazy, check_option
+from tiger_ext.options import ALGORITHMS, FLOATS, Algorithm, algorithm_of, check_lazy, check_option
 from tiger_ext.state import clock_device, unlisted
 
 __all__ = ["Loaded", "fill_in"]
@@ -29,7 +29,6 @@ _OTHER_RULES = {
     "momentum_decay": False,
     "nesterov": False,
 }
-_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 
 
@@ -192,6 +191,8 @@ def _checked_state(
             own[name] = value.detach().to(p.device, copy=True)
         else:
             own[name] = value
+    if clock.frozen.get(p, now) < clock.begins.get(p, 0):
+        _refuse(where, "frozen_at", clock.frozen[p], f"begins_at or later, {clock.begins[p]}")
     _check_rows(where, own, p, clock.windows + 1, now)
     if "last_step" in own:
         clock.clocked.add(p)
@@ -216,7 +217,7 @@ def _check_moment(where: str, name: Any, value: Tensor, p: Tensor, algorithm: Al
         )
     if value.shape != p.shape:
         _refuse(where, name, list(value.shape), f"the parameter's shape {list(p.shape)}")
-    if value.dtype not in _FLOATS:
+    if value.dtype not in FLOATS:
         _refuse(where, name, value.dtype, "float32, float64, bfloat16 or float16")
     _check_readable(where, name, value, p)
 

@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from tiger_ext import _native, lazy, observers
+from tiger_ext.capture import is_capturing
 from tiger_ext.clocks import Clocks, without_placeholders
-from tiger_ext.group_step import GroupStep, is_capturing
+from tiger_ext.finish import finish
+from tiger_ext.group_step import GroupStep
 from tiger_ext.loading import Loaded, fill_in
 from tiger_ext.options import ALGORITHMS, algorithm_of, complete_group, plain_option
 from tiger_ext.parameters import check_memory, check_tensors
-from tiger_ext.state import StateChanges, check_shapes
+from tiger_ext.state import check_shapes
 from tiger_ext.step import Step
 from tiger_ext.tracking import TrackedTables, UsedRows
 from tiger_ext.tracking_hooks import TrackingHandle, find_table
@@ -179,7 +181,7 @@ class MixedOptimizer(torch.optim.Optimizer):
             Step(
                 self._step_name,
                 groups,
-                self._clocks.of(groups),
+                self._clocks.of(groups, self.state),
                 self.state,
                 self._tracked,
                 self._faults,
@@ -198,7 +200,7 @@ class MixedOptimizer(torch.optim.Optimizer):
         )
 
     def _group_steps(self) -> list[GroupStep]:
-        clocks = self._clocks.of(self.param_groups)
+        clocks = self._clocks.of(self.param_groups, self.state)
         each = zip(self.param_groups, clocks, strict=True)
         return [GroupStep(index, group, clock) for index, (group, clock) in enumerate(each)]
 
@@ -294,13 +296,14 @@ class MixedOptimizer(torch.optim.Optimizer):
             except _native.C.UpdateError as error:
                 raise _native.translated(error, self._label) from None
         groups = self._lazy_groups()
-        lazy.flush(groups, self._changes(), progress)
+        lazy.flush(groups, self.state, self._reading(), progress)
         for p, used in self._tracked.items():
             history = next((g.history for g in groups if p in g.clock.params), None)
             used.current = history is not None and not history.replayed and p.requires_grad
 
-    def _changes(self) -> StateChanges:
-        return StateChanges(self.state, f"a read of {type(self).__name__}'s rows")
+    def _reading(self) -> str:
+        """Return what messages call a read."""
+        return f"a read of {type(self).__name__}'s rows"
 
     def _label(self, index: int, position: int) -> str:
         return f"{type(self).__name__}.step: {self._group_steps()[index].name(position)}"
@@ -313,7 +316,7 @@ class MixedOptimizer(torch.optim.Optimizer):
         What is counted for groups in a lazy mode and for accumulation windows is in it as plain
         numbers and strings of numbers. No flush is needed before.
         """
-        clocks = self._clocks.of(self.param_groups)
+        clocks = self._clocks.of(self.param_groups, self.state)
         for clock in clocks:
             clock.look_for_cleared(self.state)
 
@@ -356,8 +359,13 @@ class MixedOptimizer(torch.optim.Optimizer):
         # first, the second one lets the others see the final state.
         before = self.register_load_state_dict_pre_hook(check)
         after = self.register_load_state_dict_post_hook(restore, prepend=True)
+        groups = self.param_groups
         try:
             super().load_state_dict(state_dict)
+        except BaseException:
+            if self.param_groups is not groups:  # a signal's handler has raised meanwhile
+                finish(lambda: restore(None))
+            raise
         finally:
             before.remove()
             after.remove()
@@ -408,7 +416,7 @@ class _Reader:
             with torch.inference_mode(False):
                 return self(ids, replica)
         groups = optimizer.param_groups
-        found = optimizer._clocks.find(groups, p)
+        found = optimizer._clocks.find(groups, optimizer.state, p)
         if found is None:
             return False
         options = groups[found[0]]
@@ -424,7 +432,9 @@ class _Reader:
             try:
                 _set_grad_enabled(False)
                 group = GroupStep(found[0], options, found[1])
-                lazy.catch_up_ids(group, found[1].params[p], ids, optimizer._changes())
+                lazy.make_current(
+                    group, found[1].params[p], optimizer.state, optimizer._reading(), ids
+                )
             finally:
                 _set_grad_enabled(grad_mode)
         return bool(options["rows"] == "tracked")

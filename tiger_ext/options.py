@@ -138,6 +138,9 @@ ALGORITHMS: dict[str, Algorithm] = {
     )
 }
 
+# What parameters, gradients and moments may store.
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
 # The names of all state tensors of a parameter's shape.
 MOMENTS = tuple(dict.fromkeys(m.name for row in ALGORITHMS.values() for m in row.moments))
 

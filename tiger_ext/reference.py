@@ -164,6 +164,16 @@ def catch_up(
     return param, after
 
 
+def current_up_to(last_step: Tensor) -> Tensor:
+    """Return the steps up to which rows are current, of their clocks (see tiger_ext/state.py)."""
+    return torch.where(last_step < 0, -1 - last_step, last_step)
+
+
+def brought_to(last_step: Tensor, step: int | Tensor) -> Tensor:
+    """Return the clocks of rows that are current up to ``step``, touched or not as before."""
+    return torch.where(last_step < 0, -1 - step, step).to(last_step.dtype)
+
+
 def smallest(storage: torch.dtype, arithmetic: torch.dtype) -> float:
     """Return the floor of a moment: the smallest number that its storage safely keeps."""
     if storage == torch.float16:

@@ -14,12 +14,11 @@ from torch import Tensor
 from tiger_ext import reference
 from tiger_ext.finish import finish
 from tiger_ext.group_step import GroupStep, is_row_lazy
-from tiger_ext.options import algorithm_of, direction_scale
+from tiger_ext.options import FLOATS, algorithm_of, direction_scale
 from tiger_ext.state import check_shapes
 
 __all__ = ["ReferenceUpdate", "catch_up_on_reference"]
 
-_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Where units are: an index for each of their dimensions; None: the whole parameter is the only one.
 _Where = tuple[Tensor, ...] | None
 # What is written once all of it has been computed.
@@ -61,7 +60,7 @@ class ReferenceUpdate:
             raise RuntimeError(f"the parameter has layout {p.layout}, expected torch.strided")
         if g is None:
             return
-        if p.dtype not in _FLOATS or g.dtype not in _FLOATS:
+        if p.dtype not in FLOATS or g.dtype not in FLOATS:
             raise RuntimeError(
                 f"the parameter has dtype {p.dtype} and the gradient {g.dtype}, expected one of "
                 "float32, float64, bfloat16, float16"
@@ -242,7 +241,7 @@ def catch_up_on_reference(
     history = group.history
     assert history is not None
     now = history.steps if until is None else until
-    since = torch.where(last_step < 0, -1 - last_step, last_step)
+    since = reference.current_up_to(last_step)
     behind = since < now
     if where is not None:
         chosen = torch.zeros_like(behind)
@@ -285,7 +284,7 @@ def _catch_up(
         factors=[missed.betas[moment.beta].reshape(each) for moment in moments],
         floors=[reference.smallest(s.dtype, arithmetic) for s in stored],
     )
-    clock = torch.where(last_step[rows] < 0, -1 - now, now)
+    clock = reference.brought_to(last_step[rows], now)
 
     def write() -> None:
         for tensor, value in zip([*stored, p, last_step], [*caught_up, param, clock], strict=True):

@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tiger_ext.capture import is_capturing
 from tiger_ext.clocks import GroupClock
-from tiger_ext.group_step import GroupStep, is_capturing, is_row_lazy
+from tiger_ext.group_step import GroupStep, is_row_lazy
 from tiger_ext.huge_pages import advise_huge_pages, is_large_table
 from tiger_ext.options import MOMENTS, algorithm_of
 

@@ -22,71 +22,23 @@ from tiger_ext.finish import finish
 from tiger_ext.group_step import GroupStep, is_row_lazy
 from tiger_ext.lazy import (
     Counting,
-    catch_up,
     is_rewritten,
     look_at_idle,
     note_current_tables,
-    note_version,
     place_histories,
     prepare_counting,
-    thaw,
     warn_if_behind,
 )
 from tiger_ext.options import check_lazy
+from tiger_ext.passes import Pass
 from tiger_ext.reference_step import ReferenceUpdate
 from tiger_ext.state import StateChanges, WindowError, check_shapes, complete_state
 from tiger_ext.tracking import TrackedTables
-from tiger_ext.windows import WindowRows, advance_window, window_rows
+from tiger_ext.windows import advance_window, window_rows
 
-__all__ = ["Pass", "Step"]
+__all__ = ["Step"]
 
 _NO_ROWS: dict[Tensor, Tensor] = {}
-
-
-class Pass:
-    """A native step and the updates on the reference beside it.
-
-    Attributes:
-        native: the native step, or None.
-        on_reference: the updates beside it.
-        behind: group, position and last_step of parameters whose rows must be brought up to date
-            before.
-        thawing: likewise of frozen parameters that train again.
-        rewritten: group and position of those to which others have written.
-    """
-
-    __slots__ = ("behind", "native", "on_reference", "rewritten", "thawing")
-
-    def __init__(self, native: Any) -> None:
-        """Begin with the native step alone."""
-        self.native = native
-        self.on_reference: list[ReferenceUpdate] = []
-        self.behind: list[tuple[GroupStep, int, Tensor]] = []
-        self.thawing: list[tuple[GroupStep, int, Tensor]] = []
-        self.rewritten: list[tuple[GroupStep, int]] = []
-
-    def cancelled(self, found_inf: Tensor | None) -> bool | None:
-        """Return whether AMP cancels the step; None: only a device knows."""
-        if found_inf is None:
-            return False
-        if self.on_reference:
-            return float(found_inf) != 0.0
-        return None if self.native is None else self.native.cancelled()
-
-    def apply(self, grad_scale: Tensor | None, states: Any) -> None:
-        """Write. May be repeated."""
-        for group, position, last_step in self.thawing:
-            thaw(group, position, last_step, states)
-        for group, position, last_step in self.behind:
-            catch_up(group, position, states[group.params[position]], last_step)
-        if self.native is not None:
-            self.native.apply()
-        if self.on_reference:
-            scale = 1.0 if grad_scale is None else float(grad_scale)
-            for update in self.on_reference:
-                update.apply(scale)
-                if update.group.history is not None:
-                    note_version(update.group, update.position)
 
 
 class Step:
@@ -137,7 +89,7 @@ class Step:
         self._tracked, self._faults = tracked, faults
         self._grad_scale, self._found_inf = grad_scale, found_inf
         self._changes = StateChanges(state, what)
-        self._windows: list[WindowRows] = []
+        self._windows: dict[int, dict[Tensor, Tensor]] = {}  # touched rows, by group
         self._passes: list[Pass] = []
         self._counting: Counting | None = None
         self._written = False
@@ -167,7 +119,7 @@ class Step:
         for group in self._begin():
             group.closes = group.in_window
             if group.closes:
-                self._windows += window_rows(group, self._changes.state, adds=False)
+                self._windows[group.index] = window_rows(group, self._changes.state, adds=False)
         closing = [group for group in self._groups if group.closes]
         lazy = [group for group in closing if group.history is not None]
         if closing:
@@ -241,7 +193,7 @@ class Step:
             self._forget_ids()
         for group in groups:
             if group.window:
-                advance_window(group, self._windows, states)
+                advance_window(group, self._windows[group.index], states)
             if group.window or group.history is not None:
                 group.put_placeholders()
         self._written = True
@@ -282,14 +234,14 @@ class Step:
                     self._prepare_thaw(this, group)
             rows = _NO_ROWS
             if not adds:
-                rows = {window.param: window.rows for window in self._windows}
+                rows = self._windows[group.index]
             elif group.options["rows"] == "tracked":
                 rows = self._masks(group)
             if not group.native:
                 rest: Iterable[int] = range(len(group.params))
             else:
-                if group.whole:
-                    rest = self._add_parts_to_native(this, group, adds, rows)
+                if adds and group.whole:
+                    rest = self._add_parts_to_native(this, group, rows)
                 else:
                     rest = self._add_to_native(this, group, group.rule(adds), rows, None)
                 if rest and group.options["fused"]:
@@ -297,7 +249,7 @@ class Step:
             if rest:
                 self._add_to_reference(this, group, rest, adds, rows)
             if adds and group.window:
-                self._windows += window_rows(group, self._changes.state)
+                self._windows[group.index] = window_rows(group, self._changes.state)
         if this.native is not None:
             this.native.prepare()
         return this
@@ -327,13 +279,13 @@ class Step:
         return masks
 
     def _add_parts_to_native(
-        self, this: Pass, group: GroupStep, adds: bool, rows: dict[Tensor, Tensor]
+        self, this: Pass, group: GroupStep, rows: dict[Tensor, Tensor]
     ) -> list[int]:
         """Add a group some of whose parameters are updated as with ``rows=None``."""
         whole = [i for i, p in enumerate(group.params) if p in group.whole]
         by_rows = sorted(set(range(len(group.params))) - set(whole))
-        rest = self._add_to_native(this, group, group.rule(adds), rows, by_rows)
-        rule = group.rule(adds, whole=True)
+        rest = self._add_to_native(this, group, group.rule(True), rows, by_rows)
+        rule = group.rule(True, whole=True)
         return sorted(rest + self._add_to_native(this, group, rule, rows, whole))
 
     def _add_to_native(
@@ -416,8 +368,17 @@ class Step:
 
     def _prepare_thaw(self, this: Pass, group: GroupStep) -> None:
         """Note which frozen parameters train again; their state may begin here."""
-        for p in group.clock.thawing():
-            position = next(i for i, q in enumerate(group.params) if q is p)
+        for position, p in enumerate(group.params):
+            if p not in group.clock.frozen or not (p.requires_grad or p.grad is not None):
+                continue
+            if is_capturing():
+                raise RuntimeError(
+                    f"{self._label(group.index, position)}: it trains again, which every replay of "
+                    "the CUDA graph that is being captured would repeat: take one step before the "
+                    "capture"
+                )
+            with self._labelled(group, position):
+                check_shapes(p, self._changes.state.get(p, {}))
             last_step = self._changes.state.get(p, {}).get("last_step")
             self._complete_state(this, group, position)
             if last_step is None:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,23 +12,24 @@ from torch import Tensor
 from tiger_ext.group_step import GroupStep
 from tiger_ext.state import unlisted
 
-__all__ = ["WindowRows", "advance_window", "window_rows"]
-
-
-@dataclass
-class WindowRows:
-    """The rows that the gradients of the open window touched, ``[row_dims, entries]``."""
-
-    param: Tensor
-    group: GroupStep
-    rows: Tensor
+__all__ = ["advance_window", "window_rows"]
 
 
 def window_rows(
     group: GroupStep, states: Mapping[Tensor, Any], *, adds: bool = True
-) -> list[WindowRows]:
-    """Return the rows of the open windows, ``adds``: once this step's gradients have been added."""
-    found = []
+) -> dict[Tensor, Tensor]:
+    """Return the rows that the gradients of a group's open window have touched.
+
+    Args:
+        group: the group.
+        states: the optimizer's, by parameter.
+        adds: whether this step's gradients have been added.
+
+    Returns:
+        For each parameter that has a number a row: int64 ``[row_dims, entries]``; ``[0, 0]`` says
+        "not listed", as ``unlisted``.
+    """
+    found = {}
     for p in group.params:
         state = states.get(p)
         if not state or "window" not in state or state["window"].dim() == 0:
@@ -45,19 +45,21 @@ def window_rows(
         elif g is not None:
             rows = unlisted(p)
         if rows is not None:
-            found.append(WindowRows(p, group, rows))
+            found[p] = rows
     return found
 
 
-def advance_window(group: GroupStep, rows: list[WindowRows], states: Mapping[Tensor, Any]) -> None:
+def advance_window(
+    group: GroupStep, rows: Mapping[Tensor, Tensor], states: Mapping[Tensor, Any]
+) -> None:
     """Count the micro-step that was taken, and keep the rows of a window that stays open.
 
-    May be repeated. ``rows``: of all groups.
+    May be repeated.
     """
-    for each in rows:
-        if each.group is group and group.closes:
-            states[each.param].pop("window_rows", None)
-        elif each.group is group:
-            states[each.param]["window_rows"] = each.rows
+    for p, touched in rows.items():
+        if group.closes:
+            states[p].pop("window_rows", None)
+        else:
+            states[p]["window_rows"] = touched
     group.clock.windows = group.window if group.closes else group.window - 1
     group.clock.micro_steps = 0 if group.closes else group.micro_step

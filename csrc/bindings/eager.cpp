@@ -129,13 +129,16 @@ RuleParams make_rule(const std::string& family, const py::dict& group, double di
 }
 
 // Brings rows of the table at `position` of its group up to date: those of `ids`, or [begin, end).
-// Returns false if there is no kernel for the parameter.
+// Up to the present step, or `until` an earlier one. Returns false if there is no kernel for the
+// parameter: those of a device know the present step only.
 bool catch_up(const at::Tensor& param, const std::vector<at::Tensor>& states,
               const at::Tensor& last_step, const RuleParams& rule, GroupHistory& history,
-              int64_t position, const std::optional<at::Tensor>& ids, int64_t begin, int64_t end) {
+              int64_t position, const std::optional<at::Tensor>& ids, int64_t begin, int64_t end,
+              const std::optional<int32_t>& until) {
   const CatchUpFunction function = catch_up_function(param.device().type());
   if (!function || !history.has(param.device()) || !is_plain(param) ||
-      param.layout() != at::kStrided || !is_storage_type(param.scalar_type()))
+      param.layout() != at::kStrided || !is_storage_type(param.scalar_type()) ||
+      (until && history_copy_factory(param.device().type())))
     return false;
   const RuleInfo& names = rule_info(rule.kind);
   if (states.size() != static_cast<size_t>(names.states))
@@ -145,6 +148,7 @@ bool catch_up(const at::Tensor& param, const std::vector<at::Tensor>& states,
   u.last_step = last_step;
   u.rule = rule;
   history.use(u.rule, param.device());
+  if (until) GroupHistory::use_until(u.rule, *until);
   for (int k = 0; k < names.states; ++k) u.states[k] = states[k];
   const auto stretches = history.stretches();
   const py::gil_scoped_release release;
@@ -206,10 +210,8 @@ class Step {
       u.param = tensor(held);
       if (lazy && rule.adds) {
         // Unless another thread is about to bring rows up to date.
-        if (const std::unique_lock lock(history->rows(), std::try_to_lock); lock) {
-          if (history->rewritten(i, u.param)) rewritten.append(i);
-          history->note(i, u.param);
-        }
+        const std::unique_lock lock(history->rows(), std::try_to_lock);
+        if (lock && history->rewritten(i, u.param)) rewritten.append(i);
       }
       if (rule.adds) {
         u.grad = gradient(object, u.param);
@@ -222,6 +224,7 @@ class Step {
           const bool clocked = own && PyDict_Check(own) && PyDict_Contains(own, last_step_key) == 1;
           if (PyErr_Occurred()) throw py::error_already_set();
           if (!clocked || !u.param.requires_grad()) idle.append(i);
+          written_.push_back({history, i, u.param});
           continue;
         }
         u.grad = materialized(u.grad);
@@ -249,7 +252,8 @@ class Step {
         complete = read(own, last_step_key, u.last_step) && history->has(u.param.device());
       if (PyErr_Occurred()) throw py::error_already_set();
       if (!rule.adds && !complete) continue;
-      const bool by_rows = rule.touched != Touched::kAll && u.param.dim() >= 2;
+      // Without a gradient, `window` says what goes by rows.
+      const bool by_rows = rule.adds && rule.touched != Touched::kAll && u.param.dim() >= 2;
       if (rule.window && complete && rule.adds)
         complete = sparse ? u.window.dim() == u.grad.sparse_dim()
                    : by_rows || (rule.scale == Scale::kRows && u.param.dim() > 0)
@@ -408,7 +412,7 @@ class Step {
            ", the parameter has shape ", u.param.sizes(), " on device ", u.param.device());
   }
 
-  struct Written {
+  struct Written {  // or looked at
     std::shared_ptr<GroupHistory> history;
     int64_t position;
     at::Tensor param;
@@ -474,7 +478,11 @@ void bind_eager(py::module_& m) {
              const std::unique_lock lock(h.rows(), std::try_to_lock);
              return lock && h.rewritten(position, param);
            })
-      .def("note", &GroupHistory::note)
+      .def("note",
+           [](GroupHistory& h, int64_t position, const at::Tensor& param) {
+             const std::unique_lock lock(h.rows(), std::try_to_lock);
+             if (lock) h.note(position, param);
+           })
       .def("read", [](const GroupHistory& h) {
         if (h.copies().empty()) throw std::runtime_error("tiger_ext: the history has no copy");
         const HistoryNumbers numbers = h.copies().begin()->second->read();

@@ -168,8 +168,10 @@ class OneDevice {
   T* pointer(const at::Tensor& t, at::ScalarType type) {
     if (!t.defined()) return nullptr;
     if (t.numel() != 1)
-      throw std::runtime_error("tiger_ext: expected a learning rate, grad_scale or found_inf of " +
-                               std::string("one element, got ") + std::to_string(t.numel()));
+      throw std::runtime_error(
+          "tiger_ext: expected a learning rate, grad_scale or found_inf of "
+          "one element, got " +
+          std::to_string(t.numel()));
     // What is on the host is read now: its memory may change before the device would copy it.
     kept_.push_back(
         t.is_cpu() && !device_.is_cpu()

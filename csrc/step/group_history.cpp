@@ -14,6 +14,12 @@ std::array<HistoryCopyFactory, c10::COMPILE_TIME_MAX_DEVICE_TYPES>& factories() 
   return table;
 }
 
+// A number for each state of each history.
+uint32_t next_number() {
+  static std::atomic<uint32_t> states{0};
+  return ++states;
+}
+
 }  // namespace
 
 HistoryCopyRegistration::HistoryCopyRegistration(c10::DeviceType device,
@@ -40,8 +46,7 @@ void GroupHistory::append(const HistorySetting& s) {
 
 void GroupHistory::bring_to(int32_t steps) {
   if (steps == current_ && stretches_->size() == known_) return;
-  static std::atomic<uint32_t> states{0};
-  number_ = ++states;
+  number_ = next_number();
   current_ = steps;
   known_ = stretches_->size();
 }
@@ -67,6 +72,11 @@ void GroupHistory::use(RuleParams& rule, c10::Device device) const {
   rule.history = number_;
   rule.stretches = stretches_->data();
   rule.stretch_count = static_cast<int64_t>(known_);
+}
+
+void GroupHistory::use_until(RuleParams& rule, int32_t step) {
+  rule.current = step;
+  rule.history = next_number();
 }
 
 bool GroupHistory::place(c10::Device device, const HistoryNumbers& numbers, bool many) {

@@ -78,6 +78,8 @@ class GroupHistory {
   bool has(c10::Device device) const;
   // Where they do: tells them by the rule.
   void use(RuleParams& rule, c10::Device device) const;
+  // Of the kernels on the CPU: rows are brought up to an earlier step.
+  static void use_until(RuleParams& rule, int32_t step);
   // Begins a copy for a device whose kernels need one; returns whether they do.
   bool place(c10::Device device, const HistoryNumbers& numbers, bool many);
 

@@ -24,7 +24,8 @@ from torch.nn import Parameter
 from tiger_ext import _native
 from tiger_ext import step as step_module
 from tiger_ext.group_step import GroupStep
-from tiger_ext.step import Pass, Step
+from tiger_ext.passes import Pass
+from tiger_ext.step import Step
 
 CPU = torch.device("cpu")
 #: Where the CUDA kernels find their tensors.

@@ -162,7 +162,7 @@ class Execution:
         everything = torch.ones_like(p.moved)
         if group.lazy == "frozen" or group.steps == 0:
             return everything
-        clocks = self.optimizer._clocks.of(self.optimizer.param_groups)
+        clocks = self.optimizer._clocks.of(self.optimizer.param_groups, self.optimizer.state)
         history = next(
             c.history for c, g in zip(clocks, self.optimizer.param_groups, strict=True) if g is real
         )

@@ -42,7 +42,7 @@ def snapshot(optimizer: Any) -> dict[str, Any]:
             for name, value in optimizer.state.get(p, {}).items():
                 bits = plain_bits(value) if isinstance(value, Tensor) else repr(value)
                 found[f"parameter {i}.{j} {name}"] = bits
-        clock = optimizer._clocks.of(optimizer.param_groups)[i]
+        clock = optimizer._clocks.of(optimizer.param_groups, optimizer.state)[i]
         clock.look_for_cleared(optimizer.state)
         for key, number in clock.numbers().items():
             found[f"group {i} {key}"] = number

@@ -248,7 +248,7 @@ class Step:
                     raise RuntimeError(self._why_not_native(group, rest[0]))
             if rest:
                 self._add_to_reference(this, group, rest, adds, rows)
-            if adds and group.window:
+            if adds and group.micro_steps > 1:
                 self._windows[group.index] = window_rows(group, self._changes.state)
         if this.native is not None:
             this.native.prepare()

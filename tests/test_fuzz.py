@@ -2,6 +2,7 @@
 """The fuzzer of tests/fuzz: that it runs, and that it notices what is wrong and makes it small."""
 
 import argparse
+import copy
 import json
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from fuzz.__main__ import Part
 from fuzz.checkpoints import Case, case_of, run_case, shrink_case
 from fuzz.execute import script
 from fuzz.generate import generate
+from fuzz.observe import snapshot
 from fuzz.operations import failure_of
 from fuzz.program import Grad, GroupSpec, Op, Param, Program
 from fuzz.shrink import shrink
@@ -110,6 +112,20 @@ def test_a_step_that_fails_and_writes_is_noticed(monkeypatch):
 
     monkeypatch.setattr(MixedOptimizer, "_step_eager", writes)
     assert failure_of(program)[0].kind == "changed by a refused opt step : parameter #.#"
+
+
+def test_looking_at_an_optimizer_changes_nothing():
+    _, execution = failure_of(Program("Tiger", [table()], steps(2)))
+    optimizer, clocks = execution.optimizer, execution.optimizer._clocks
+    state = optimizer.state.pop(execution.names["a"])  # cleared, which a look would note
+    optimizer.param_groups[0]["params"].append(b := torch.nn.Parameter(torch.ones(3, 2)))
+    optimizer.state[b] = state  # of a new parameter, for which a look would drop its clock
+    numbers = [clock.__getstate__() for clock in clocks._clocks]
+    before = copy.deepcopy([numbers, dict(state)], {id(p): p for p in (execution.names["a"], b)})
+    found = snapshot(optimizer)
+    assert found["parameter 0.1 begins_at"] == 3
+    assert repr([[clock.__getstate__() for clock in clocks._clocks], dict(state)]) == repr(before)
+    assert "last_step" in optimizer.state[b]
 
 
 def test_the_printed_program_is_what_ran():

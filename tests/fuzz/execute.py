@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fuzz import model
-from fuzz.observe import Failure, short, snapshot
+from fuzz.observe import Failure, clocks_of, short, snapshot
 from fuzz.program import GroupSpec, Param, Program, complete
 
 PRELUDE = Path(__file__).with_name("prelude.py")
@@ -134,10 +134,10 @@ class Execution:
 
     def compare(self, after: str, must: dict[str, Tensor]) -> None:
         """Compare what is current, and must be; then go on from the product's values."""
-        for group, real in zip(self.groups, self.optimizer.param_groups):
+        for group, clock in zip(self.groups, clocks_of(self.optimizer), strict=True):
             for name, p in group.params.items():
                 state = self.optimizer.state.get(self.names[name], {})
-                current = self._current(group, real, state, p)
+                current = self._current(group, clock.history, state, p)
                 if not self.training[name]:  # how its clock stands still is the product's affair
                     current = p.touched.clone()
                 if name in must:
@@ -157,15 +157,11 @@ class Execution:
                         )
                 p.behind &= ~current
 
-    def _current(self, group: model.Group, real: Any, state: Any, p: model.Parameter) -> Tensor:
+    def _current(self, group: model.Group, history: Any, state: Any, p: model.Parameter) -> Tensor:
         """Return the elements that the product says are current."""
         everything = torch.ones_like(p.moved)
         if group.lazy == "frozen" or group.steps == 0:
             return everything
-        clocks = self.optimizer._clocks.of(self.optimizer.param_groups, self.optimizer.state)
-        history = next(
-            c.history for c, g in zip(clocks, self.optimizer.param_groups, strict=True) if g is real
-        )
         if "last_step" not in state or history is None:
             return ~everything
         clock = state["last_step"].long()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -30,9 +31,25 @@ def plain_bits(t: Tensor) -> Any:
     return (str(t.dtype), tuple(t.shape), raw)
 
 
+def clocks_of(optimizer: Any) -> list[Any]:
+    """Return the clock of each group as the optimizer would find it; changes nothing.
+
+    Looking for a clock matches groups and may drop state, hence the copies.
+    """
+    own, groups = optimizer._clocks, optimizer.param_groups
+    tables = ("params", "begins", "frozen", "clocked", "versions", "warned")
+    known = [p for clock in own._clocks for table in tables for p in getattr(clock, table)]
+    memo = {id(thing): thing for thing in [*known, *own._groups, *groups]}
+    clocks = copy.deepcopy(own, memo).of(groups, {p: dict(s) for p, s in optimizer.state.items()})
+    for clock in clocks:
+        clock.look_for_cleared(optimizer.state)
+    return clocks
+
+
 def snapshot(optimizer: Any) -> dict[str, Any]:
-    """Return all that a failed step or a copy must leave as it is, bit by bit."""
+    """Return all that a failed step or a copy must leave as it is, bit by bit; changes nothing."""
     found: dict[str, Any] = {}
+    clocks = clocks_of(optimizer)
     for i, group in enumerate(optimizer.param_groups):
         for key, value in group.items():
             if key not in ("params", "param_names", "history", "micro_steps", "windows"):
@@ -42,8 +59,7 @@ def snapshot(optimizer: Any) -> dict[str, Any]:
             for name, value in optimizer.state.get(p, {}).items():
                 bits = plain_bits(value) if isinstance(value, Tensor) else repr(value)
                 found[f"parameter {i}.{j} {name}"] = bits
-        clock = optimizer._clocks.of(optimizer.param_groups, optimizer.state)[i]
-        clock.look_for_cleared(optimizer.state)
+        clock = clocks[i]
         for key, number in clock.numbers().items():
             found[f"group {i} {key}"] = number
         for j, p in enumerate(group["params"]):

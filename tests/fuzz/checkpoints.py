@@ -39,6 +39,11 @@ _STEPS = """
 -1 | -5 | 0 | 2**62 | 2.5 | float("nan") | None | "text" | torch.tensor(-3) | torch.tensor([1, 2])
 torch.tensor(1.5) | torch.tensor(float("inf")) | torch.tensor(3.0) | 7
 """
+# Since when a parameter trains, and until when: integers beside its tensors.
+_STANDING = """
+0 | 1 | 2 | 3 | torch.tensor(1) | -1 | 10**6 | 2**62 | 2.5 | float("nan") | None | "text" | True
+torch.tensor(-3) | torch.tensor([1, 2]) | torch.tensor(0.5) | [] | {}
+"""
 _STATES = "None | 5 | [] | {} | 'text' | torch.zeros(3)"
 _ROWS = """
 torch.tensor([[10**6]]) | torch.tensor([[-5]]) | torch.tensor([[0], [0]]) | torch.tensor([0])
@@ -68,7 +73,7 @@ _OPTIONS = {
     "momentum_dtype": "torch.int8 | torch.int32 | 'float32' | torch.bfloat16 | 3",
     "maximize": "None | 1 | 'yes'",
     "accumulation_steps": "0 | -1 | 2.5 | '2' | None | 2 | 10**12",
-    "windows": "-1 | 2.5 | 10**12 | '1' | None | 2**31 - 1 | 2**31 | float('nan') | 1",
+    "windows": "-1 | 2.5 | 10**12 | '1' | None | 2**31 - 1 | 2**31 | float('nan') | 1 | 2**31 - 2",
     "micro_steps": "-1 | 1.5 | 10**12 | '1' | None | 1 | float('nan')",
     "fused": "1 | 'no'",
     "capturable": "None | 1",
@@ -112,10 +117,18 @@ _LEGAL_VALUES = {
     "nonfinite": '"skip"',
     "shrink_ratio": "",
     "accumulation_steps": "2 | 10**12",
+    "windows": "1 | 2**31 - 2",
+    "micro_steps": "1",
 }
+_COUNTERS = ("windows", "micro_steps")  # of every group, whatever its options
 _ILLEGAL_CLOCKS = ("2**31 - 1", "-(2**31)", "10**6", "-(10**6)")
-# Refusals of a step that come from its gradients, not from what was loaded.
-_LEGAL = ("accumulation window", "count at most")
+_PERHAPS_LEGAL_STANDING = "0 | 1 | 2 | 3 | torch.tensor(1)"  # depends on the group's steps
+# Refusals of a step that come from its gradients or from counting on, not from what was loaded.
+_LEGAL = (
+    "within an accumulation window",
+    "before in the same accumulation window",
+    "the lazy modes count at most",
+)
 
 
 def _choices(text: str) -> list[str]:
@@ -186,8 +199,8 @@ class Mutations:
         old, target = self.saved["state"][i][name], f'saved["state"][{i}][{name!r}]'
         if name == "step":
             return f"{target} = {rng.choice(_choices(_STEPS))}"
-        if not isinstance(old, torch.Tensor):  # since when a parameter stands still
-            return f"{target} = {rng.choice(_choices(_STEPS))}"
+        if not isinstance(old, torch.Tensor):
+            return f"{target} = {rng.choice(_choices(_STANDING))}"
         if rng.random() < 0.4:
             values = _FLOATS if old.is_floating_point() else _INTEGERS
             value = rng.choice(_choices(values))
@@ -199,10 +212,12 @@ class Mutations:
     def clock(self) -> str:
         """Set a clock or window, most often where there are some."""
         rng = self.random
-        name = rng.choice(["last_step", "last_step", "last_step", "window", "window_rows"])
+        rows, standing = ["window", "window_rows"], ["begins_at", "frozen_at"]
+        name = rng.choice(["last_step", "last_step", "last_step", *rows, *standing])
         having = [i for i, state in self.saved["state"].items() if name in state]
-        i = rng.choice(having) if having else self._entry()[0]
-        value = rng.choice(_choices(_ROWS if name == "window_rows" else _CLOCKS))
+        i = rng.choice(having) if having else rng.choice(list(self.saved["state"]))
+        values = {"window_rows": _ROWS, "begins_at": _STANDING, "frozen_at": _STANDING}
+        value = rng.choice(_choices(values.get(name, _CLOCKS)))
         value = value.replace("p.", f"ps[{i}].")
         return f'saved["state"][{i}][{name!r}] = {value}'
 
@@ -215,7 +230,8 @@ class Mutations:
 
 def case_of(seed: int, counts: Counter[str]) -> Case | None:
     """Return the case of a seed; None: its program fails by itself."""
-    kinds = {k: n for k, n in KINDS.items() if k not in ("health", "freeze", "toggle")}
+    kinds = {k: n for k, n in KINDS.items() if k not in ("health", "toggle")}
+    kinds["freeze"] *= 2
     generator = Generator(seed, kinds)
     rng = generator.random
     program = generator.program()
@@ -237,6 +253,9 @@ def case_of(seed: int, counts: Counter[str]) -> Case | None:
         case.changes.append(line)
     for _ in range(4):
         case.uses += _step_lines(rng, execution, generator)
+        if rng.random() < 0.2:
+            name = rng.choice(execution.all_names())
+            case.uses.append(f"{name}.requires_grad_({rng.random() < 0.7})")
         case.uses.append(
             rng.choice(["opt.flush(progress=False)", "str(tiger_ext.health_report(opt))"])
         )
@@ -334,17 +353,21 @@ def _load_and_use(case: Case, execution: Execution, counts: Counter[str]) -> Non
 
 def _illegal(case: Case, execution: Execution) -> bool:
     """Return whether the only change of a case is one that must be refused."""
-    target, _, value = case.changes[0].partition(" = ") if len(case.changes) == 1 else ("", "", "")
+    target, sets, value = case.changes[0].partition(" = ") if len(case.changes) == 1 else [""] * 3
+    if not sets:
+        return False
     group = re.fullmatch(r'saved\["param_groups"\]\[(\d+)\]\[[\'"](\w+)[\'"]\]', target)
     if group is None:
+        if target.endswith(("['begins_at']", "['frozen_at']")):
+            return value not in _choices(_PERHAPS_LEGAL_STANDING)
         clocks = tuple(f", {clock})" for clock in _ILLEGAL_CLOCKS)
         clock = target.endswith("['last_step']") and value.endswith(clocks)
         return clock and eval(target, execution.names).numel() > 0
     i, key = int(group[1]), group[2]
     added = (op.options["spec"] for op in case.program.ops if op.kind == "add")
     groups = [*case.program.groups, *added]
-    has = i < len(groups) and key in complete(groups[i], case.program.cls)
-    return has and key in _LEGAL_VALUES and value not in _choices(_LEGAL_VALUES[key])
+    options = [*complete(groups[i], case.program.cls), *_COUNTERS] if i < len(groups) else []
+    return key in options and key in _LEGAL_VALUES and value not in _choices(_LEGAL_VALUES[key])
 
 
 def _failure(when: str, error: Exception) -> Failure:

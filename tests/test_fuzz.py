@@ -195,3 +195,46 @@ def test_a_process_that_ends_is_reported_with_what_it_did(capsys):
     with process:
         assert part._listen(process) == "the case"
     assert part.next == 4 and part.counts["steps"] == 2
+
+
+@pytest.mark.parametrize(
+    "case,code,found",
+    [
+        (None, 0, []),
+        (None, 1, ["failure at exit"]),
+        ("the case", 0, ["crash or hang"]),
+        ("the case", 1, ["crash or hang"]),
+    ],
+)
+def test_how_a_process_ends_counts(case, code, found):
+    part = Part("checkpoints", 3, argparse.Namespace())
+    said = "... ERROR: AddressSanitizer: heap-use-after-free"
+    part._process_ended(case, code, f"ended with status {code}", said)
+    assert [failure["kind"] for failure in part.failures] == found
+    assert all("heap-use-after-free" in failure["message"] for failure in part.failures)
+
+
+def test_a_part_that_tried_nothing_or_too_little_is_a_failure():
+    part = Part("checkpoints", 3, argparse.Namespace())
+    part.next = 13
+    assert part.complaint() == (
+        "checkpoints: nothing ran in 10 seeds, expected at least one of checkpoints"
+    )
+    part.counts.update({"checkpoints": 9, "without meaning": 1})
+    assert part.complaint() is None
+    part.counts["without meaning"] = 2
+    assert part.complaint() == (
+        "checkpoints: 2 of 10 seeds were without meaning, expected at most 10%"
+    )
+
+
+def test_a_run_that_tries_nothing_fails(run_python):
+    program = """
+import sys
+from fuzz import __main__ as fuzz
+sys.argv = ["fuzz", "--only", "checkpoints", "--seed", "1", "--seconds", "60", "--programs", "0"]
+sys.exit(fuzz.main())
+"""
+    result = run_python(program, check=False)
+    assert result.returncode == 1
+    assert "nothing ran in 0 seeds" in result.stdout, result.stderr

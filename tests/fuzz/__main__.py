@@ -6,7 +6,8 @@
     python -m tests.fuzz --only checkpoints         # under AddressSanitizer: see the Makefile
     python -m tests.fuzz --without freeze,toggle    # leave out operations with known faults
 
-Exit status 1 if anything failed. Each seed is one program, or one state dict.
+Exit status 1 if anything failed, if a part ran nothing, or if more than a tenth of its seeds were
+without meaning. Each seed is one program, or one state dict.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ sys.path[:] = [str(TESTS), *(p for p in sys.path if Path(p).resolve() != TESTS /
 _PATIENCE = 120.0  # seconds for one seed
 _NOTHING = "before the first seed"
 _PARTS = ("programs", "checkpoints")
+_MEANINGLESS = 0.1  # of the seeds, at most
+_CLAIM = "Random programs agree with a model, mutated state dicts are refused or do no harm"
 
 
 def options() -> argparse.Namespace:
@@ -76,17 +79,22 @@ class Part:
                 process.kill()
                 process.wait()
                 status = f"was silent for {_PATIENCE} s"
-            if case is None or process.returncode == 0:
-                return
             errors.seek(0)
-            said = errors.read()
-            _, found, rest = said.partition("ERROR: AddressSanitizer")
-            said = found + rest[:3000] if found else said[-3000:]
-            if case == _NOTHING:
-                sys.exit(said)
-            text = f"{case}# the process {status}\n" + said
-            self._failed(self.next, "crash or hang", text, "")
-            self.next += 1
+            self._process_ended(case, process.returncode, status, errors.read())
+
+    def _process_ended(self, case: str | None, code: int, status: str, said: str) -> None:
+        """Take in how a process ended; ``case``: as ``_listen`` returned it."""
+        if code == 0 and case in (None, _NOTHING):
+            return
+        _, found, rest = said.partition("ERROR: AddressSanitizer")
+        said = found + rest[:3000] if found else said[-3000:]
+        if case == _NOTHING:
+            sys.exit(said)
+        if case is None:  # its seeds were done
+            self._failed(self.next - 1, "failure at exit", f"# the process {status}\n{said}", "")
+            return
+        self._failed(self.next, "crash or hang", f"{case}# the process {status}\n{said}", "")
+        self.next += 1
 
     def _listen(self, process: subprocess.Popen[bytes]) -> str | None:
         """Take in what the process says; return what it did when it fell silent."""
@@ -134,6 +142,20 @@ class Part:
             print(f"again: python -m tests.fuzz {again}")
             print(shortest["script"] or shortest["message"])
 
+    def complaint(self) -> str | None:
+        """Return what is wrong with a part in which nothing failed: it tried too little."""
+        seeds, meaningless = self.next - self.first, self.counts["without meaning"]
+        if not self.counts[self.name]:
+            return (
+                f"{self.name}: nothing ran in {seeds} seeds, expected at least one of {self.name}"
+            )
+        if meaningless > _MEANINGLESS * seeds:
+            return (
+                f"{self.name}: {meaningless} of {seeds} seeds were without meaning, expected at "
+                f"most {_MEANINGLESS:.0%}"
+            )
+        return None
+
     def figures(self) -> dict[str, Any]:
         return {
             "seeds": [self.first, self.next - 1],
@@ -141,6 +163,25 @@ class Part:
             "failures": len(self.failures),
             "kinds of failures": dict(Counter(f["kind"] for f in self.failures)),
         }
+
+
+def described(arguments: argparse.Namespace, parts: list[Part]) -> dict[str, Any]:
+    """Return what a result file holds: the claim, what it depends on, and the figures."""
+    sys.path.append(str(TESTS.parent / "benchmarks"))
+    from harness import describe_machine
+
+    from tiger_ext import _native
+
+    compiled = b"" if _native.C is None else Path(_native.C.__file__).read_bytes()
+    sanitizers = {"address": b"__asan_init", "undefined": b"__ubsan_handle"}
+    return {
+        "script": "tests/fuzz",
+        "claim": _CLAIM,
+        "machine": {k: v for k, v in describe_machine().items() if k != "peers"},
+        "options": {k: getattr(arguments, k) for k in ("seconds", "seed", "only", "without")},
+        "sanitizers": [name for name, symbol in sanitizers.items() if symbol in compiled],
+        **{part.name: part.figures() for part in parts},
+    }
 
 
 def main() -> int:
@@ -162,10 +203,8 @@ def main() -> int:
         parts[-1].run(time.time() + arguments.seconds / len(names))
     for part in parts:
         part.report(arguments.limit)
-    figures = {part.name: part.figures() for part in parts}
     if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
-    failed = sum(len(part.failures) for part in parts)
+        arguments.json.write_text(json.dumps(described(arguments, parts), indent=1) + "\n")
     for part in parts:
         c = part.counts
         print(
@@ -174,7 +213,10 @@ def main() -> int:
             f"{len(part.failures)} failures; "
             + ("nothing lost" if not part.failures else "see above")
         )
-    return 1 if failed else 0
+    complaints = [text for part in parts if (text := part.complaint()) is not None]
+    for text in complaints:
+        print(text)
+    return 1 if complaints or any(part.failures for part in parts) else 0
 
 
 if __name__ == "__main__":

@@ -321,6 +321,7 @@ def _load_and_use(case: Case, execution: Execution, counts: Counter[str]) -> Non
     before = snapshot(execution.optimizer)
     saved = execution.names["saved"]
     finite = _finite(saved) and _finite_parameters(execution)
+    counts["checkpoints"] += 1
     counts["faults"] += 1
     loaded = True
     try:

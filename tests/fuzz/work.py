@@ -85,7 +85,6 @@ class Work:
         case = checkpoints.case_of(seed, counts)
         if case is None:
             return []
-        counts["checkpoints"] += 1
         # If the process ends here, this says what it was about.
         print(json.dumps({"case": script(case.lines(), "not shrunk")}), flush=True)
         failure, lines = checkpoints.run_case(case, counts)

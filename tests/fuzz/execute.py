@@ -180,12 +180,13 @@ class Execution:
                 f"{list(e.value.shape)}",
             )
         got = tensor.to(torch.float64)
-        allowed = e.error + 2 * torch.finfo(dtype).eps * e.value.abs() + model.smallest(dtype)
-        finite = e.value.isfinite() & got.isfinite()
-        same = (got == e.value) | (got.isnan() & e.value.isnan()) | (e.error == float("inf"))
-        adamw = what != "parameter" and ~got.isfinite() & ~e.value.isfinite()
-        overflows = ~got.isfinite() & (e.value.abs() + allowed >= torch.finfo(dtype).max)
-        right = same | (finite & ((got - e.value).abs() <= allowed)) | adamw | overflows
+        allowed = e.error + model.rounded(dtype, e.value.abs() + e.error)
+        unknown = e.error == float("inf")
+        same = (got == e.value) | (got.isnan() & e.value.isnan()) | unknown
+        near = e.value.isfinite() & got.isfinite() & ((got - e.value).abs() <= allowed)
+        beyond = got.sign() * e.value + allowed >= torch.finfo(dtype).max
+        overflows = got.isinf() & e.value.isfinite() & beyond
+        right = same | near | overflows
         wrong = current & ~right
         if bool(wrong.any()):
             at = tuple(wrong.nonzero()[0].tolist())
@@ -195,7 +196,7 @@ class Execution:
                 f"{float(e.value[at])!r} +- {float(allowed[at]):.2g} "
                 f"({int(wrong.sum())} of {wrong.numel()} elements are wrong)",
             )
-        taken = current & (got.isfinite() | overflows | (e.error == float("inf")))
+        taken = current & (got.isfinite() | overflows | unknown)
         e.put(taken, model.Estimate(got, torch.zeros_like(got)))
 
 

@@ -17,9 +17,6 @@ import torch
 from torch import Tensor
 
 SCALES = {"sign": 1.0, "clip": 1e4, "power": 0.5, "atan": 1e4}
-# With scale="rms" and a smoothed direction the decay takes the whole relative learning rate, also
-# the division by RMS(d); False: it takes lr max(RMS(param), floor), and at most the parameter.
-DECAY_OVER_DIRECTION = False
 _ROUNDINGS = 8.0  # of one element's update
 
 
@@ -45,6 +42,11 @@ class Estimate:
 def smallest(dtype: torch.dtype) -> float:
     """Return a bound of the absolute error of storing a number."""
     return {torch.float16: 2.0**-24, torch.float64: 2.0**-1022}.get(dtype, 2.0**-126)
+
+
+def rounded(dtype: torch.dtype, size: Tensor) -> Tensor:
+    """Return a bound of the error of rounding numbers of at most this size to nearest, once."""
+    return 0.51 * torch.finfo(dtype).eps * size + smallest(dtype)
 
 
 def over_units(t: Tensor, dims: int) -> Tensor:
@@ -298,9 +300,6 @@ class Group:
             top, bottom = (decay.value + decay.error) / low, (decay.value - decay.error) / high
             rate = Estimate(middle, torch.maximum(top - middle, middle - bottom) + 1e-6 * middle)
             lost = low <= 0
-            if DECAY_OVER_DIRECTION:
-                decay = rate
-                lost = lost | (rate.value * weight_decay > 0.5)
             rate.error = torch.where(lost, math.inf, rate.error)
         shrunk = (decay.value * weight_decay).clamp(max=1.0)
         new = (1 - shrunk) * theta.value - rate.value * d.value

@@ -15,9 +15,9 @@ from fuzz.__main__ import Part
 from fuzz.checkpoints import Case, case_of, run_case, shrink_case
 from fuzz.execute import script
 from fuzz.generate import generate
-from fuzz.observe import snapshot
-from fuzz.operations import failure_of
-from fuzz.program import Grad, GroupSpec, Op, Param, Program
+from fuzz.observe import Failure, snapshot
+from fuzz.operations import Run, failure_of
+from fuzz.program import Code, Grad, GroupSpec, Op, Param, Program
 from fuzz.shrink import shrink
 from oracle import same_bits
 
@@ -112,6 +112,46 @@ def test_a_step_that_fails_and_writes_is_noticed(monkeypatch):
 
     monkeypatch.setattr(MixedOptimizer, "_step_eager", writes)
     assert failure_of(program)[0].kind == "changed by a refused opt step : parameter #.#"
+
+
+INF, NAN = float("inf"), float("nan")
+
+
+@pytest.mark.parametrize("what", ["parameter", "exp_avg", "exp_avg_sq"])
+@pytest.mark.parametrize(
+    "expected,error,got,right",
+    [
+        (INF, 0.0, INF, True),
+        (INF, 0.0, -INF, False),
+        (INF, 0.0, NAN, False),
+        (INF, 0.0, 65504.0, False),
+        (NAN, 0.0, NAN, True),
+        (NAN, 0.0, INF, False),
+        (65520.0, 0.0, INF, True),  # the least number that rounds to it
+        (-65520.0, 0.0, INF, False),
+        (-65520.0, 0.0, -INF, True),
+        (65000.0, 0.0, INF, False),
+        (1.0 + 0.49 * 2.0**-10, 0.0, 1.0, True),
+        (1.0 + 0.53 * 2.0**-10, 0.0, 1.0, False),
+        (206 / 1024 - 0.2 - 0.49 * 2.0**-13, 0.2, 206 / 1024, True),
+        (206 / 1024 - 0.2 - 0.53 * 2.0**-13, 0.2, 206 / 1024, False),
+    ],
+)
+def test_what_is_compared_is_one_number_rounded_once(what, expected, error, got, right):
+    group = GroupSpec([Param("a", (1,), 1, "f16")], dict(momentum_dtype=Code("torch.float16")))
+    execution = Run(Program("AdamW", [group], []))
+    p = execution.names["a"]
+    tensor = p.detach() if what == "parameter" else torch.zeros(1, dtype=torch.float16)
+    execution.optimizer.state[p][what] = tensor
+    tensor.fill_(got)
+    estimate = model.Estimate(*(torch.tensor([x], dtype=torch.float64) for x in (expected, error)))
+    where = torch.ones(1, dtype=torch.bool)
+    failure = None
+    try:
+        execution._compare("now", what, "a", estimate, torch.float16, where)
+    except Failure as found:
+        failure = found
+    assert (failure is None) == right, failure
 
 
 def test_looking_at_an_optimizer_changes_nothing():

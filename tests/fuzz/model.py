@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 SCALES = {"sign": 1.0, "clip": 1e4, "power": 0.5, "atan": 1e4}
-_ROUNDINGS = 8.0  # of one element's update
+_ROUNDINGS = 2.0  # of one element's update
 
 
 @dataclass
@@ -46,7 +46,9 @@ def smallest(dtype: torch.dtype) -> float:
 
 def rounded(dtype: torch.dtype, size: Tensor) -> Tensor:
     """Return a bound of the error of rounding numbers of at most this size to nearest, once."""
-    return 0.51 * torch.finfo(dtype).eps * size + smallest(dtype)
+    power = torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent - 1)
+    half = torch.where(size.isfinite(), 0.51 * torch.finfo(dtype).eps * power, size)
+    return half + smallest(dtype)
 
 
 def over_units(t: Tensor, dims: int) -> Tensor:
@@ -228,7 +230,7 @@ class Group:
             ratio, to = self.options["shrink_ratio"], self.options.get("shrink_to", 0.0)
             new = to + ratio * (p.value.value - to)
             error = p.value.error + 4 * p.eps * (p.value.value.abs() + abs(to))
-            error = error + torch.finfo(p.dtype).eps * new.abs()  # of rows that lag, unseen
+            error = error + rounded(p.dtype, new.abs())  # of rows that lag, unseen
             p.value.put(bad, Estimate(new, error))
 
     def _round_stale(self, p: Parameter, where: Tensor) -> None:
@@ -237,7 +239,7 @@ class Group:
         for name in ("value", *self.moments()):
             e: Estimate = getattr(p, name)
             dtype = p.dtype if name == "value" else self.storage(p, name)
-            error = e.error + torch.finfo(dtype).eps * e.value.abs() + smallest(dtype)
+            error = e.error + rounded(dtype, e.value.abs() + e.error)
             e.put(where & (e.value != 0), Estimate(e.value, error))
 
     def _mix(self, p: Parameter, old: Estimate, beta: Any, g: Estimate, weight: float) -> Estimate:
@@ -261,8 +263,8 @@ class Group:
 
     def _stored(self, p: Parameter) -> Estimate:
         m, dtype = p.exp_avg, self.storage(p, "exp_avg")
-        rounding = torch.finfo(dtype).eps * m.value.abs() + (m.value != 0) * smallest(dtype)
-        return Estimate(m.value, m.error + rounding)
+        rounding = rounded(dtype, m.value.abs() + m.error)
+        return Estimate(m.value, m.error + (m.value != 0) * rounding)
 
     def _direction(self, c: Estimate) -> Estimate:
         kind = self.options["direction"]
@@ -338,7 +340,7 @@ class Group:
         factor = 1 - self.lr * options["weight_decay"]
         new = factor * theta.value - middle
         error = abs(factor) * theta.error + spread + 8 * 2.0**-126
-        error = error + p.eps * (_ROUNDINGS * theta.value.abs() + 24 * middle.abs())
+        error = error + p.eps * (_ROUNDINGS * theta.value.abs() + 6 * middle.abs())
         theta.put(g.touched, Estimate(new, error))
         p.exp_avg.put(g.touched, m)
         p.exp_avg_sq.put(g.touched, v)
@@ -351,13 +353,13 @@ class Group:
         if self.lazy == "exact":
             push = self.lr
             new = new - push * sign(p.exp_avg.value)
-        error = abs(factor) * theta.error + 4 * p.eps * (theta.value.abs() + push)
+        error = abs(factor) * theta.error + p.eps * (theta.value.abs() + push)
         theta.put(where, Estimate(new, error))
         betas = options["betas"]
         decays = {"exp_avg": betas[0] if options["algorithm"] == "adamw" else betas[-1]}
         decays["exp_avg_sq"] = betas[-1]
         for name in self.moments():
             e: Estimate = getattr(p, name)
-            error = decays[name] * e.error + 4 * p.eps * e.value.abs()
+            error = decays[name] * e.error + p.eps * e.value.abs()
             e.put(where, Estimate(decays[name] * e.value, error))
         p.behind = p.behind | where

@@ -147,14 +147,10 @@ class Execution:
                     if moment in state:
                         e, dtype = getattr(p, moment), group.storage(p, moment)
                         self._compare(f"after {after}", moment, name, e, dtype, current)
-                if "step" in state:
-                    if not p.steps_known:
-                        p.steps, p.steps_known = int(state["step"]), True
-                    elif int(state["step"]) != p.steps:
-                        raise Failure(
-                            f"after {after}: step",
-                            f"{name}: step is {state['step']}, not {p.steps}",
-                        )
+                if "step" in state and int(state["step"]) != p.steps:
+                    raise Failure(
+                        f"after {after}: step", f"{name}: step is {state['step']}, not {p.steps}"
+                    )
                 p.behind &= ~current
 
     def _current(self, group: model.Group, history: Any, state: Any, p: model.Parameter) -> Tensor:

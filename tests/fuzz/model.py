@@ -89,7 +89,6 @@ class Parameter:
     touched: Tensor  # must be current after the last step
     unit_dims: int = 0
     steps: int = 0
-    steps_known: bool = True
     divided_anew: bool = False  # all rows were caught up, and rounded
 
     @classmethod
@@ -172,6 +171,8 @@ class Group:
             p.touched = gradient.touched.clone()
             if self.accumulation > 1:
                 self._gather(p, gradient)
+            elif not bool(gradient.touched.any()):
+                pass  # the first steps may all have been skipped, and none been counted
             elif adamw:
                 self._adamw(p, gradient)
             else:
@@ -225,7 +226,8 @@ class Group:
         p.moved |= bad
         g.touched &= g.finite
         self._round_stale(p, bad)
-        p.steps_known = False  # whether it counts is between the lines of the specification
+        if g.unit_dims == 0 and bool(bad.any()):
+            p.steps -= 1  # a parameter that is skipped whole does not advance its counter
         if self.options["nonfinite"] == "shrink" and bool(bad.any()):
             ratio, to = self.options["shrink_ratio"], self.options.get("shrink_to", 0.0)
             new = to + ratio * (p.value.value - to)

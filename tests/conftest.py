@@ -34,11 +34,12 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture(autouse=True)
-def _same_random_numbers_and_threads():
+def _same_random_numbers_threads_and_grad_mode():
     torch.manual_seed(20240607)
-    threads = torch.get_num_threads()
+    threads, grad_mode = torch.get_num_threads(), torch.is_grad_enabled()
     yield
     torch.set_num_threads(threads)
+    torch.set_grad_enabled(grad_mode)  # a step that was interrupted may have left another
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture(autouse=True)
-def _same_random_numbers_threads_and_grad_mode():
+def _same_random_numbers_and_threads():
     torch.manual_seed(20240607)
     threads, grad_mode = torch.get_num_threads(), torch.is_grad_enabled()
     yield

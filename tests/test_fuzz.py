@@ -206,9 +206,33 @@ def test_an_error_that_says_nothing_is_noticed(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "said,found",
+    [
+        ("a: the accumulation window has number 0, expected one from 1 on", True),
+        ("a: sparse_dim changed from 1 to 2 within an accumulation window", False),
+    ],
+)
+def test_only_refusals_that_come_from_a_gradient_are_legal(said, found, monkeypatch):
+    case = Case(Program("Tiger", [table()], steps(2)), True, uses=["opt.step()"])
+
+    def refuses(self, *_):
+        raise RuntimeError(said)
+
+    def loads(self, saved):
+        monkeypatch.setattr(MixedOptimizer, "_step_eager", refuses)
+
+    monkeypatch.setattr(MixedOptimizer, "load_state_dict", loads)
+    assert (run_case(case, Counter())[0] is not None) == found
+
+
+@pytest.mark.parametrize(
     "change",
     [
         """saved["param_groups"][0]['lr'] = -1""",
+        """saved["param_groups"][0]['windows'] = 2**31 - 1""",
+        """saved["param_groups"][0]['micro_steps'] = -1""",
+        """saved["state"][0]['frozen_at'] = 10**6""",
+        """saved["state"][0]['begins_at'] = 2.5""",
         f"{CLOCK} = torch.full_like({CLOCK}, 10**6)",
     ],
 )

@@ -6,6 +6,7 @@ import io
 import pickle
 from collections.abc import Sequence
 from difflib import SequenceMatcher
+from fractions import Fraction
 from typing import get_args, get_type_hints
 
 import numpy as np
@@ -46,6 +47,9 @@ KEPT = {
     "differentiable": False,
     "decoupled_weight_decay": True,
     "_private": [1, 2],
+    "weight_decay_mult": 0.5,
+    "_weight_decay_of": 0.5,
+    "lr_x": 1,
 }
 
 
@@ -88,6 +92,11 @@ NEAR = {
     "algoritm": "algorithm",
     "epss": "eps",
     "direction_scal": "direction_scale",
+    "betas_": "betas",
+    "lr_": "lr",
+    "_rows": "rows",
+    "weight_decay_": "weight_decay",
+    "weight__decay": "weight_decay",
 }
 
 
@@ -320,6 +329,91 @@ def test_strings_of_other_types_become_strings():
     assert all(type(group[name]) is str for name in ("lazy", "rows", "nonfinite"))
     assert reloaded(opt.state_dict())["param_groups"][0]["lazy"] == "decay"
     assert pickle.loads(pickle.dumps(opt)).param_groups[0]["rows"] == "nonzero"
+
+
+# ------------------------------------------------------------------------- what no float holds
+
+BEYOND = {
+    "10^400": 10**400,
+    "-10^400": -(10**400),
+    "10^5000": 10**5000,
+    "ratio": Fraction(10**400, 3),
+    "numpy": np.longdouble("1e4000"),
+}
+
+
+@pytest.mark.parametrize("value", BEYOND.values(), ids=BEYOND)
+@pytest.mark.parametrize(
+    "name", ["lr", "weight_decay", "rms_floor", "direction_scale", "shrink_ratio", "shrink_to"]
+)
+def test_numbers_that_no_float_holds_are_refused(name, value):
+    opt = Tiger([parameter(3)])
+    makers = [lambda group: Tiger([group]), opt.add_param_group]
+    if name != "shrink_to":
+        makers.append(lambda group: Tiger(group["params"], **{name: value}))
+    for make in makers:
+        with pytest.raises(
+            ValueError, match=rf"^{name}=.*: expected .*(number|\[0, 1\])"
+        ) as refused:
+            make({"params": [parameter(3)], name: value})
+        assert len(str(refused.value)) < 300
+    assert len(opt.param_groups) == 1
+    with pytest.raises(ValueError, match=r"^eps=.*finite number >= 0"):
+        AdamW([parameter(3)], eps=value)
+
+
+@every_class
+@pytest.mark.parametrize("which", [*BEYOND, "nearly 1"])
+def test_betas_that_no_float_holds_are_refused(cls, which):
+    value = BEYOND.get(which, Fraction(10**400 - 1, 10**400))
+    with pytest.raises(ValueError, match=r"^betas=.*expects a tuple of") as refused:
+        cls([parameter(3)], betas=[value] * len(BETAS[cls]))
+    assert len(str(refused.value)) < 300
+
+
+def test_a_scale_that_a_float_rounds_to_zero_is_none():
+    with pytest.raises(
+        ValueError, match=r"^direction_scale=Fraction\(1, 1000*\.\.\.0*\): expected"
+    ):
+        Tiger([parameter(3)], direction_scale=Fraction(1, 10**400))
+
+
+@pytest.mark.parametrize("value", [2**31, 2**63, 10**5000], ids=["32", "64", "more"])
+def test_micro_steps_that_no_counter_holds_are_refused(value):
+    with pytest.raises(ValueError, match=r"^accumulation_steps=.*from 1 to 2147483647"):
+        Tiger([parameter(3)], accumulation_steps=value)
+    p = parameter(3)
+    p.grad = torch.ones(3)
+    Tiger([p], accumulation_steps=2**31 - 1).step()
+
+
+def test_an_lr_that_no_float_holds_is_refused_by_the_step_of_a_lazy_group():
+    p = parameter(3)
+    p.grad = torch.ones(3)
+    opt = Tiger([p], lazy="decay")
+    for name in ("lr", "weight_decay"):
+        opt.param_groups[0].update({"lr": 1e-3, "weight_decay": 1e-3, name: 10**400})
+        with pytest.raises(ValueError, match=r"lr \* weight_decay < 1, got inf"):
+            opt.step()
+
+
+@every_class
+@pytest.mark.parametrize(
+    "value",
+    [
+        np.array,
+        np.array([1, 2]),
+        np.dtype("float32"),
+        np.float32,
+        torch.ones(2),
+        "float32",
+        10**5000,
+    ],
+    ids=lambda v: type(v).__name__,
+)
+def test_what_is_no_dtype_is_refused_by_name(cls, value):
+    with pytest.raises(ValueError, match=r"^momentum_dtype=.*expected None, torch\.float32"):
+        cls([parameter(3)], momentum_dtype=value)
 
 
 # ------------------------------------------------------------------------------------- types

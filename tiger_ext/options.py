@@ -173,8 +173,18 @@ def _number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
+def _float(value: Any) -> float:
+    """Return a number as groups and kernels use it: inf where no float holds it, NaN for others."""
+    if not _number(value):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
 def _finite_at_least_zero(value: Any) -> bool:
-    return _number(value) and 0.0 <= value < math.inf
+    return 0.0 <= _float(value) < math.inf
 
 
 def _learning_rate(value: Any) -> bool:
@@ -193,10 +203,10 @@ def _flag(value: Any) -> bool:
 
 
 def _beta(value: Any) -> bool:
-    return _number(value) and 0.0 <= value < 1.0
+    return 0.0 <= _float(value) < 1.0
 
 
-def _numbers(value: Any) -> list[Any]:
+def numbers_in(value: Any) -> list[Any]:
     """Return the elements of any sequence, array or tensor; none of what is not one."""
     if isinstance(value, (str, bytes, Mapping)) or not hasattr(value, "__getitem__"):
         return []
@@ -211,9 +221,18 @@ def _numbers(value: Any) -> list[Any]:
 
 def _without_numpy(value: Any) -> Any:
     """Return what a scalar or 0-dim array of numpy holds; anything else as it is."""
-    if getattr(value, "ndim", None) == 0 and not isinstance(value, Tensor):
-        return value.item()
-    return value
+    if isinstance(value, Tensor) or getattr(value, "ndim", None) != 0:
+        return value
+    return value.item() if hasattr(value, "item") else value
+
+
+def _shown(value: Any) -> str:
+    """Return how messages print a value, however long it is."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python prints no integer of more than 4,300 digits
+        return f"<{type(value).__name__} too long to print>"
+    return text if len(text) <= 160 else f"{text[:80]}...{text[-20:]}"
 
 
 def _one_of(names: Any, *more: None) -> Callable[[Any], bool]:
@@ -221,16 +240,21 @@ def _one_of(names: Any, *more: None) -> Callable[[Any], bool]:
     return lambda v: (v is None or isinstance(v, str)) and v in values
 
 
+_INT32 = torch.iinfo(torch.int32).max  # what the steps of a window are counted in
+
 # name -> (is it legal?, what is legal)
 _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "lr": (_learning_rate, "a finite number >= 0 or a tensor of one, 0-dim or [1]"),
     "weight_decay": (_finite_at_least_zero, "a finite number >= 0"),
     "eps": (_finite_at_least_zero, "a finite number >= 0"),
     "rms_floor": (_finite_at_least_zero, "a finite number >= 0"),
-    "shrink_ratio": (lambda v: _number(v) and 0.0 <= v <= 1.0, "a number in [0, 1]"),
-    "shrink_to": (lambda v: _number(v) and math.isfinite(v), "a finite number"),
+    "shrink_ratio": (lambda v: 0.0 <= _float(v) <= 1.0, "a number in [0, 1]"),
+    "shrink_to": (lambda v: math.isfinite(_float(v)), "a finite number"),
     "momentum_dtype": (
-        lambda v: v in (None, torch.float32, torch.bfloat16, torch.float16),
+        lambda v: (
+            v is None
+            or (isinstance(v, torch.dtype) and v in (torch.float32, torch.bfloat16, torch.float16))
+        ),
         "None, torch.float32, torch.bfloat16 or torch.float16",
     ),
     "maximize": (_flag, "True or False"),
@@ -245,11 +269,11 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
         "one of 'propagate', 'skip', 'shrink', 'raise'",
     ),
     "accumulation_steps": (
-        lambda v: isinstance(v, Integral) and not isinstance(v, bool) and int(v) >= 1,
-        "an integer >= 1",
+        lambda v: isinstance(v, Integral) and not isinstance(v, bool) and 1 <= int(v) <= _INT32,
+        f"an integer from 1 to {_INT32}",
     ),
     "direction_scale": (
-        lambda v: v is None or (_number(v) and 0.0 < v < math.inf),
+        lambda v: v is None or 0.0 < _float(v) < math.inf,
         "None or a finite number > 0",
     ),
 }
@@ -270,27 +294,28 @@ def check_option(name: str, value: Any, algorithm: Algorithm) -> None:
     """Raise ValueError unless ``value`` is legal for the option ``name`` of ``algorithm``."""
     if name == "betas":
         count = algorithm.beta_count
-        betas = _numbers(value)
+        betas = numbers_in(value)
         if len(betas) != count or not all(map(_beta, betas)):
             numbers = "1 number" if count == 1 else f"{count} numbers"
             raise ValueError(
-                f"betas={value!r}: {algorithm.name} expects a tuple of {numbers} in [0, 1)"
+                f"betas={_shown(value)}: {algorithm.name} expects a tuple of {numbers} in [0, 1)"
             )
         return
+    plain = _without_numpy(value)
     if name in _NOT_YET:
         only = _NOT_YET[name][0]
-        if _is_planned(name, value):
+        if _is_planned(name, plain):
             raise ValueError(
                 f"{name}={value!r} is planned but does not exist in this version of tiger_ext; "
                 f"use {name}={only!r}"
             )
         if name not in _CHECKS:
-            if type(value) is not type(only) or value != only:
-                raise ValueError(f"{name}={value!r}: expected {only!r}")
+            if type(plain) is not type(only) or plain != only:
+                raise ValueError(f"{name}={_shown(value)}: expected {only!r}")
             return
     legal, expected = _CHECKS[name]
-    if not legal(_without_numpy(value)):
-        raise ValueError(f"{name}={value!r}: expected {expected}")
+    if not legal(plain):
+        raise ValueError(f"{name}={_shown(value)}: expected {expected}")
 
 
 def plain_option(name: str, value: Any, algorithm: Algorithm) -> Any:
@@ -304,7 +329,7 @@ def plain_option(name: str, value: Any, algorithm: Algorithm) -> Any:
     """
     check_option(name, value, algorithm)
     if name == "betas":
-        return tuple(map(float, _numbers(value)))
+        return tuple(map(float, numbers_in(value)))
     value = _without_numpy(value)
     if isinstance(value, str):
         return str.__str__(value)
@@ -320,7 +345,7 @@ def check_lazy(group: Mapping[str, Any]) -> None:
         return
     legal, expected = _CHECKS["lazy"]
     if not legal(lazy):
-        raise ValueError(f"lazy={lazy!r}: expected {expected}")
+        raise ValueError(f"lazy={_shown(lazy)}: expected {expected}")
     if lazy == "exact":
         if not algorithm_of(group["algorithm"]).closed_form:
             raise ValueError(
@@ -336,7 +361,10 @@ def check_lazy(group: Mapping[str, Any]) -> None:
     lr = group["lr"]
     if isinstance(lr, Tensor) and lr.device.type != "cpu":
         return
-    rate = float(lr) * group["weight_decay"]
+    try:
+        rate = float(lr) * group["weight_decay"]
+    except OverflowError:  # integers that no float holds
+        rate = math.inf
     if not rate < 1.0:
         raise ValueError(f"lazy={lazy!r} needs lr * weight_decay < 1, got {rate}")
 
@@ -344,7 +372,9 @@ def check_lazy(group: Mapping[str, Any]) -> None:
 def algorithm_of(name: Any) -> Algorithm:
     """Return the algorithm called ``name``; ValueError for any other value."""
     if not isinstance(name, str) or name not in ALGORITHMS:
-        raise ValueError(f"algorithm={name!r}: expected one of {', '.join(map(repr, ALGORITHMS))}")
+        raise ValueError(
+            f"algorithm={_shown(name)}: expected one of {', '.join(map(repr, ALGORITHMS))}"
+        )
     return ALGORITHMS[name]
 
 
@@ -405,8 +435,9 @@ def _check_unknown(key: Any, algorithm: Algorithm) -> None:
     options = ["params", "algorithm", "shrink_to", *algorithm.defaults]
     options += [name for a in ALGORITHMS.values() for name in a.defaults]
     near = difflib.get_close_matches(key, options, 1, 0.8) if isinstance(key, str) else []
-    # Trainers write "weight_decay_mult" beside "weight_decay".
-    if near and f"_{near[0]}_" not in f"_{key}_":
+    # Trainers write "weight_decay_mult" beside "weight_decay"; "betas_" has no word more.
+    words = str(key).strip("_")
+    if near and (near[0] == words or f"_{near[0]}_" not in f"_{words}_"):
         raise TypeError(
             f"unknown key {key!r} in a parameter group of {algorithm.name}: did you mean "
             f"{near[0]!r}?"

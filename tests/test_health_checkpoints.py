@@ -18,6 +18,7 @@ import torch
 
 from tiger_ext.__main__ import main
 from tiger_ext.archive import load_checked
+from tiger_ext.checkpoint import checkpoint_health
 
 KINDS = ("zip", "deflated", "legacy")
 
@@ -575,6 +576,57 @@ from tiger_ext.__main__ import main
 assert main(["health", {str(tmp_path / "c.pt")!r}]) == 2
 """
     assert "share no elements" in run_python(program).stderr
+
+
+# ------------------------------------------------------------------ other protocols, no memory
+
+
+def saved_with(saved, path, protocol, zipped):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.save(saved, path, pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
+    return path
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("protocol", range(6))
+def test_pickle_protocols_are_read_or_named(health, saved, tmp_path, protocol, zipped):
+    path = saved_with(saved, tmp_path / "other.pt", protocol, zipped)
+    status, text = health(path)
+    if protocol in (2, 3):  # which torch.load reads
+        assert (status, text) == health(saved)
+    elif protocol > 3:
+        assert text.startswith(f"cannot be read: it was saved with pickle_protocol={protocol}, ")
+        assert text.endswith("save it anew with torch.save's own, 2")
+    else:
+        assert text.startswith("is damaged, or was saved with pickle_protocol=0 or 1: its pickle")
+
+
+def test_a_lack_of_memory_is_passed_on(saved, tmp_path, monkeypatch):
+    def fail(*arguments, **options):
+        raise MemoryError("none left")
+
+    path = tmp_path / "c.pt"
+    path.write_bytes(mutations.written(saved, "zip"))
+    for owner, name in ((torch, "load"), (pickle._Unpickler, "load")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, fail)
+            with pytest.raises(MemoryError, match="none left"):
+                checkpoint_health(path)
+    assert "emb.weight" in checkpoint_health(path).tables
+
+
+def test_a_length_in_an_old_pickle_takes_no_memory(saved, tmp_path, run_python):
+    data = mutations.written(saved, "legacy")
+    (tmp_path / "c.pt").write_bytes(data[:15] + b"X\xff\xff\xff\xff" + data[15:])
+    program = f"""
+import resource
+from tiger_ext.__main__ import main
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30), used + (1 << 30)))
+assert main(["health", {str(tmp_path / "c.pt")!r}]) == 2
+"""
+    assert "is damaged" in run_python(program).stderr
 
 
 # -------------------------------------------------------------------------------------- by chance

@@ -30,7 +30,9 @@ __all__ = ["CheckpointError", "load_checked"]
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, lengths of the name and of the extra field
 _SIGNATURE = b"PK\x03\x04"
 _LEGACY_COUNT = struct.Struct("<q")
-_LEGACY_MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # a pickled number
+# A pickled number, of protocol 2 or later and before.
+_LEGACY_MAGIC = (b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.", b"L119547037146038801333356L\n.")
+_LEGACY_HEAD = 28  # what comes before it, protocol and frame, and itself
 # A pickle may be this large, or as large as its file: one that deflates to nearly nothing could
 # otherwise ask for any number of objects.
 _SMALL_PICKLE = 1 << 24
@@ -48,7 +50,8 @@ def load_checked(path: str) -> Any:
     into memory.
 
     Raises:
-        CheckpointError: the file is damaged. What torch and zipfile raise besides is passed on.
+        CheckpointError: the file is damaged, or of a pickle protocol that torch.load does not take.
+            What torch and zipfile raise besides is passed on.
     """
     with open_regular(path) as file:
         zipped = file.read(len(_SIGNATURE)) == _SIGNATURE
@@ -79,7 +82,8 @@ def _check_legacy(file: IO[bytes]) -> None:
     size = os.fstat(file.fileno()).st_size
     if size == 0:
         raise CheckpointError("is empty, expected what torch.save writes")
-    if file.read(len(_LEGACY_MAGIC)) != _LEGACY_MAGIC:
+    head = file.read(_LEGACY_HEAD)
+    if not any(magic in head for magic in _LEGACY_MAGIC):
         raise CheckpointError("is no file of torch.save, neither a zip archive nor an older one")
     file.seek(0)
     for _ in range(3):  # magic number, version, machine
@@ -290,12 +294,14 @@ class _Survey(pickle._Unpickler):
         self.bytes_of: dict[str, int] = {}
         self.count_of: dict[str, int] = {}
         self._items_left = 16 * size
+        # A length in the pickle may be any; a read would reserve memory for it.
+        self._file_read = lambda count: file.read(min(count, size))
 
     def find(self) -> Any:
         """Read one pickle; return a likeness of it."""
         try:
             return self.load()
-        except CheckpointError:
+        except (CheckpointError, MemoryError):
             raise
         except Exception as error:  # the bytes may be any
             raise CheckpointError(
@@ -363,7 +369,14 @@ class _Survey(pickle._Unpickler):
         return _MadeDict(size) if name.startswith("collections.") else _Made(size)
 
     def _refuse(self) -> None:
-        raise CheckpointError("is damaged: its pickle has opcodes that torch.load does not take")
+        protocol: int = self.proto  # type: ignore[attr-defined]
+        if protocol > 3:
+            raise CheckpointError(
+                f"cannot be read: it was saved with pickle_protocol={protocol}, which "
+                "torch.load(weights_only=True) does not take: save it anew with torch.save's own, 2"
+            )
+        told = "is damaged" if protocol else "is damaged, or was saved with pickle_protocol=0 or 1"
+        raise CheckpointError(f"{told}: its pickle has opcodes that torch.load does not take")
 
     def _set_state(self) -> None:
         self.stack.pop()  # type: ignore[attr-defined]

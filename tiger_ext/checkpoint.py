@@ -60,12 +60,15 @@ def checkpoint_health(path: str | os.PathLike[str]) -> HealthReport:
     Raises:
         CheckpointError: the file cannot be read, or something in it is missing or not what it is to
             be.
+        MemoryError: there is not enough memory for it.
     """
     path = os.fspath(path)
     try:
         saved = _read_safetensors(path) if path.endswith(".safetensors") else load_checked(path)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
+    except MemoryError:
+        raise
     except Exception as error:  # a damaged file can raise anything
         raise CheckpointError(f"{path}: cannot be read: {_reason(error)}") from error
     try:

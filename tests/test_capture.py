@@ -82,7 +82,7 @@ def test_a_learning_rate_in_a_tensor_on_the_cpu_is_refused(fused, monkeypatch):
 @ROADS
 def test_a_parameter_on_the_cpu_is_refused(fused, monkeypatch):
     opt, p = ready(Tiger, fused)
-    assert_refused(opt, monkeypatch, "position 0 of group 0 is on the CPU")
+    assert_refused(opt, monkeypatch, r"parameter \(group 0, position 0\) is on the CPU")
     p.grad = None
     with capturing(monkeypatch):
         opt.step()  # without a gradient it takes no part

@@ -265,3 +265,30 @@ def test_betas_of_the_embeddings_algorithm_may_be_any_sequence():
         )
         assert [group.get("betas") is None for group in groups] == [True, *[False] * 4]
         assert Lion(groups).param_groups[1]["betas"] == (0.5, 0.25)
+
+
+@pytest.mark.parametrize("algorithm", ["tiger", "lion", "adamw"])
+@pytest.mark.parametrize("betas", [0.9, None, {0.5}, "0.9", ()], ids=repr)
+def test_what_is_no_sequence_of_betas_is_refused(algorithm, betas):
+    with pytest.raises(ValueError, match=rf"^betas=.*: {algorithm} expects a tuple of"):
+        tiger_ext.param_groups(nn.Linear(3, 3), betas=betas, embedding_algorithm=algorithm)
+
+
+@pytest.mark.parametrize(
+    "lr", [10**400, -1.0, "0.1", [0.1], torch.ones(2)], ids=lambda v: type(v).__name__
+)
+def test_what_is_no_learning_rate_is_refused(lr):
+    with pytest.raises(ValueError, match=r"(?s)^lr=.*: expected a finite number >= 0"):
+        tiger_ext.param_groups(nn.Linear(3, 3), lr=lr)
+
+
+def test_what_the_groups_have():
+    groups = tiger_ext.param_groups(model_of_all_kinds(), embedding_algorithm="adamw", eps=1e-6)
+    assert set(groups[0]) == {"params", "param_names", "algorithm", "eps"}
+    every = {"params", "param_names", "lr", "weight_decay", "scale"}
+    more = [set(group) - every for group in groups[1:]]
+    assert more == [set(), {"rms_floor"}, {"shrink_to"}, {"shrink_to"}]
+    assert all(every <= set(group) for group in groups[1:])
+    assert [g.get("eps") for g in Tiger(groups).param_groups] == [1e-6, None, None, None, None]
+    with pytest.raises(TypeError, match="tiger has no option 'eps'"):
+        Tiger(tiger_ext.param_groups(model_of_all_kinds(), eps=1e-6))

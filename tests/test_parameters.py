@@ -169,6 +169,34 @@ def test_frozen_parameters_share_with_whom_they_like():
     assert torch.equal(p, twin)
 
 
+def test_a_parameter_that_thaws_counts_when_the_next_group_is_added():
+    p = Parameter(torch.ones(4))
+    twin = Parameter(p.data, requires_grad=False)
+    opt = Tiger([("p", p), ("twin", twin)])
+    opt.add_param_group({"params": [("a", Parameter(torch.ones(2)))]})
+    twin.requires_grad_()
+    with pytest.raises(ValueError, match=r"'p' \(group 0.*'twin' \(group 0.*share memory"):
+        opt.add_param_group({"params": [("b", Parameter(torch.ones(2)))]})
+    twin.requires_grad_(False)
+    opt.add_param_group({"params": [("b", Parameter(torch.ones(2)))]})
+
+
+@every_class
+def test_one_frozen_tensor_twice_is_refused_too(cls):
+    p = Parameter(torch.ones(3), requires_grad=False)
+    with pytest.raises(ValueError, match=r"position 0\).*position 1\).*one tensor"):
+        cls([p, p])
+
+
+def test_a_fault_of_the_check_is_not_taken_for_a_tensor_without_memory(monkeypatch):
+    def fail(t):
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr(parameters, "_extent", fail)
+    with pytest.raises(RuntimeError, match="a fault"):
+        Tiger([Parameter(torch.ones(3))])
+
+
 def test_the_default_device_does_not_matter():
     matrix = torch.zeros(6, 8)
     left, right, beyond = (Parameter(t) for t in (matrix[:, :4], matrix[:, 4:], matrix[:, 3:]))
@@ -185,6 +213,7 @@ def test_what_has_no_memory_shares_none():
         return p
 
     jagged = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)
+    nested = Parameter(torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(3, 3)]))
     with FakeTensorMode():
         fake = [Parameter(torch.ones(3)) for _ in range(2)]
     for params in (
@@ -194,6 +223,8 @@ def test_what_has_no_memory_shares_none():
         [freed(), freed(), Parameter(torch.ones(2))],
         [*nn.LazyLinear(3).parameters(), Parameter(torch.ones(2))],
         [jagged.requires_grad_()],
+        [nested, Parameter(nested.detach())],
+        [Parameter(nested.detach().transpose(1, 2)), Parameter(torch.ones(2))],
         [Parameter(torch.ones(4, 4).to_mkldnn()), Parameter(torch.ones(2))],
     ):
         opt = Tiger(params)

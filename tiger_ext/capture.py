@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tiger_ext import _native
 from tiger_ext.options import algorithm_of
+from tiger_ext.parameters import parameter_name
 
 __all__ = ["check_capture", "check_reference", "is_capturing"]
 
@@ -61,8 +62,8 @@ def check_capture(
         for position, p in enumerate(group["params"]):
             if p.device.type == "cpu" and (p.grad is not None or group["lazy"] != "frozen"):
                 raise RuntimeError(
-                    f"{captured} the parameter at position {position} of group {index} is on the "
-                    "CPU, where no replay would update it. Give it to another optimizer"
+                    f"{captured} {parameter_name(group, index, position)} is on the CPU, where no "
+                    "replay would update it. Give it to another optimizer"
                 )
     if any(t is not None and t.device.type == "cpu" for t in amp):
         raise RuntimeError(

@@ -39,11 +39,11 @@ from torch import Tensor
 
 from tiger_ext.archive import CheckpointError, load_checked, open_regular
 from tiger_ext.health import HealthReport, Table, report_on
+from tiger_ext.history import MAX_STEPS
+from tiger_ext.options import MOMENTS
 
 __all__ = ["CheckpointError", "checkpoint_health"]
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
-_MAX_STEPS = 2**31 - 1
 _MESSAGE_LENGTH = 300
 
 
@@ -330,7 +330,7 @@ def _clock(history: Any, where: str) -> str:
         steps, begin = map(float, first)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise _wrong(where, history, expected) from error
-    if not (0 <= begin <= steps <= _MAX_STEPS and steps.is_integer() and begin.is_integer()):
+    if not (0 <= begin <= steps <= MAX_STEPS and steps.is_integer() and begin.is_integer()):
         raise _wrong(where, history, expected)
     return f"{int(steps)} {int(begin)}"
 
@@ -340,7 +340,7 @@ def _state(state: Any, values: Tensor, name: str, room: _Room) -> dict[str, Tens
     where = f"of the parameter {reprlib.repr(name)} in its 'optimizer'"
     if not isinstance(state, Mapping):
         raise _wrong(f"the state {where}", state, "a dict")
-    for moment in _MOMENTS:
+    for moment in MOMENTS:
         if moment not in state:
             continue
         if not isinstance(state[moment], Tensor) or not _is_dense(state[moment]):

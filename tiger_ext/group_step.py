@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any
 
@@ -13,6 +12,7 @@ from tiger_ext import _native
 from tiger_ext.clocks import PLACEHOLDERS, GroupClock
 from tiger_ext.history import History
 from tiger_ext.options import Moment, algorithm_of, direction_scale, moments_of
+from tiger_ext.parameters import parameter_name
 
 __all__ = ["GroupStep", "is_row_lazy", "parameter_name"]
 
@@ -125,13 +125,6 @@ class GroupStep:
     def name(self, position: int) -> str:
         """Return what messages call the parameter at a position."""
         return parameter_name(self.options, self.index, position)
-
-
-def parameter_name(group: Mapping[str, Any], index: int, position: int) -> str:
-    """Return what messages call the parameter at a position of the group at an index."""
-    names = group.get("param_names")
-    where = f"group {index}, position {position}"
-    return f"parameter {names[position]!r} ({where})" if names else f"parameter ({where})"
 
 
 def is_row_lazy(p: Tensor, group: GroupStep) -> bool:

@@ -10,11 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tiger_ext.options import ALGORITHMS, AlgorithmName, algorithm_of
+from tiger_ext.options import (
+    ALGORITHMS,
+    AlgorithmName,
+    algorithm_of,
+    check_option,
+    numbers_in,
+    plain_option,
+)
+from tiger_ext.tracking import EMBEDDINGS
 
 __all__ = ["param_groups"]
 
-_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _NORMS = (
     nn.modules.batchnorm._NormBase,
     nn.LayerNorm,
@@ -29,6 +36,8 @@ _NORM_NAME = re.compile(
     r"Norm(?![a-z])"
     r"|(?i:(rms|layer|group|batch|instance|channel|scale|response)_?norm(ali[sz]ation)?)(?![a-z])"
 )
+# Of the optimizers that the groups are for.
+_SIGN_OPTIONS = ALGORITHMS["tiger"].defaults.keys() | ALGORITHMS["lion"].defaults.keys()
 # The `rms_floor` of tensors that are zero: the usual standard deviation of those that are not.
 _INITIAL_SIZE = 0.02
 
@@ -91,19 +100,27 @@ def param_groups(
             learning rate means nothing to it: set others on the first group returned.
         **options: further options for all groups that have them, such as ``betas`` or
             ``nonfinite="shrink"``. They win over the recipe's. Of the embeddings' own algorithm,
-            options that it does not have and ``betas`` of another length are left to its defaults.
+            options that it does not have and ``betas`` of another length are left to its defaults;
+            options that it alone has (AdamW's ``eps``) go to its group alone.
 
     Returns:
-        Groups with ``params``, ``param_names``, ``lr``, ``weight_decay``, ``scale``, to be given to
-        the optimizer's constructor.
+        Groups to be given to the optimizer's constructor: embeddings, zero embeddings, all others,
+        zero others, biases, gains. Each has ``params``, ``param_names``, ``lr``, ``weight_decay``,
+        ``scale``, what the recipe says of ``shrink_to`` and ``rms_floor``, and of ``options`` what
+        fits; the embeddings' also ``algorithm``, if ``embedding_algorithm`` was given. With "adamw"
+        there is one group of embeddings, which has ``params``, ``param_names``, ``algorithm`` and
+        of ``options`` what fits.
 
     Raises:
-        ValueError: ``embedding_algorithm`` is unknown.
+        ValueError: ``embedding_algorithm`` is unknown; ``lr`` is no finite number >= 0; or, with an
+            ``embedding_algorithm``, ``betas`` are no sequence of numbers.
 
     Source: Su 2023, "Tiger: a tiny optimizer", kexue.fm/archives/9512.
     """
-    if embedding_algorithm is not None:
-        algorithm_of(embedding_algorithm)
+    embeddings = None if embedding_algorithm is None else algorithm_of(embedding_algorithm)
+    lr = plain_option("lr", lr, ALGORITHMS["tiger"])
+    if embeddings is not None and "betas" in options and not numbers_in(options["betas"]):
+        check_option("betas", options["betas"], embeddings)
     users: dict[Tensor, list[tuple[nn.Module, str, str]]] = {}
     for prefix, module in model.named_modules():
         for name, p in module.named_parameters(prefix, recurse=False):
@@ -119,10 +136,10 @@ def param_groups(
         "biases": dict(lr=0.5 * lr, weight_decay=0.0, scale=None, shrink_to=0.0),
         "gains": dict(lr=0.5 * lr, weight_decay=0.0, scale=None, shrink_to=1.0),
     }
-    if embedding_algorithm is not None:
+    if embeddings is not None:
         for kind in ("embeddings", "zero embeddings"):
-            kinds[kind]["algorithm"] = embedding_algorithm
-        if embedding_algorithm == "adamw":
+            kinds[kind]["algorithm"] = embeddings.name
+        if embeddings.name == "adamw":
             kinds["embeddings"] = {"algorithm": "adamw"}
             del kinds["zero embeddings"]
     groups = {kind: dict(hyper, params=[], param_names=[]) for kind, hyper in kinds.items()}
@@ -135,12 +152,17 @@ def param_groups(
                 kind = f"zero {kind}"
             groups[kind]["params"].append(p)
             groups[kind]["param_names"].append(places[0][1])
-    for group in groups.values():
-        own = ALGORITHMS[group["algorithm"]] if "algorithm" in group else None
+    for kind, group in groups.items():
+        own = embeddings if "embeddings" in kind else None
         for name, value in options.items():
-            fits = own is None or name in own.defaults
-            if own is not None and name == "betas":
-                fits = len(value) == own.beta_count
+            if own is None:
+                fits = (
+                    embeddings is None or name not in embeddings.defaults or name in _SIGN_OPTIONS
+                )
+            elif name == "betas":
+                fits = len(numbers_in(value)) == own.beta_count
+            else:
+                fits = name in own.defaults
             if fits:
                 group[name] = copy.deepcopy(value)
         if isinstance(group.get("lr"), Tensor):
@@ -150,7 +172,7 @@ def param_groups(
 
 def _kind(p: Tensor, places: list[tuple[nn.Module, str, str]]) -> str:
     modules = [module for module, _, _ in places]
-    if all(isinstance(module, _EMBEDDINGS) for module in modules):
+    if all(isinstance(module, EMBEDDINGS) for module in modules):
         return "embeddings"
     if any("bias" in name for _, _, name in places):
         return "biases"

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["check_memory", "check_tensors"]
+__all__ = ["check_memory", "check_tensors", "parameter_name"]
 
 _SPARSE = (
     torch.sparse_coo,
@@ -31,12 +31,30 @@ _SPARSE = (
 _Span = tuple[int, int, int, int, Tensor]
 
 
+def parameter_name(group: Mapping[str, Any], index: int, position: int) -> str:
+    """Return what messages call the parameter at a position of the group at an index.
+
+    Args:
+        group: a group, also one that has pairs of name and tensor as ``params``.
+        index: where the group stands in the optimizer.
+        position: where the parameter stands in the group.
+    """
+    p = list(group["params"])[position]
+    names = group.get("param_names") or ()
+    name = p[0] if isinstance(p, tuple) else names[position] if position < len(names) else None
+    where = f"(group {index}, position {position})"
+    return f"parameter {where}" if name is None else f"parameter {name!r} {where}"
+
+
 def check_tensors(group: Mapping[str, Any], index: int) -> None:
-    """Raise ValueError if a parameter of the group cannot be one, or is listed twice.
+    """Check the parameters of a group, whether they require gradients or not.
 
     Args:
         group: a group with a list as ``params``, of tensors or of pairs of name and tensor.
         index: where the group will stand in the optimizer, for messages.
+
+    Raises:
+        ValueError: one of them is complex or sparse, or listed twice.
     """
     seen: dict[int, int] = {}
     with torch._C.DisableTorchFunctionSubclass():
@@ -46,27 +64,34 @@ def check_tensors(group: Mapping[str, Any], index: int) -> None:
             if t.dtype.is_complex:
                 raise ValueError(
                     "complex parameters are not supported: "
-                    f"{_label(group, index, position)} has dtype {t.dtype}"
+                    f"{parameter_name(group, index, position)} has dtype {t.dtype}"
                 )
             if t.layout in _SPARSE:
                 raise ValueError(
-                    f"{_label(group, index, position)} has layout {t.layout}, expected "
+                    f"{parameter_name(group, index, position)} has layout {t.layout}, expected "
                     "torch.strided: gradients may be sparse, parameters not"
                 )
             if id(t) in seen:
                 raise ValueError(
-                    f"{_label(group, index, seen[id(t)])} and {_label(group, index, position)} are "
+                    f"{parameter_name(group, index, seen[id(t)])} and {parameter_name(group, index, position)} are "
                     "one tensor, which a step would update twice: list it once"
                 )
             seen[id(t)] = position
 
 
 def check_memory(groups: Sequence[Mapping[str, Any]]) -> None:
-    """Raise ValueError if two parameters of the groups have an element of memory in common.
+    """Check that no two parameters of the groups have an element of memory in common.
 
-    Only parameters that require gradients count: the others take no part in steps. Those without
-    memory of their own (meta and fake tensors, wrapping subclasses, freed storages) share none. A
-    tensor that is in two groups is left to the base class.
+    Only parameters that require gradients count: the others take no part in steps (and are looked
+    at again when the next group is added). Those without memory of their own (meta, fake and nested
+    tensors, wrapping subclasses, freed storages) share none. A tensor that is in two groups is left
+    to the base class.
+
+    Args:
+        groups: parameter groups, with tensors or pairs of name and tensor as ``params``.
+
+    Raises:
+        ValueError: two of them have; the message has their names and positions.
     """
     spans: list[_Span] = []
     with torch._C.DisableTorchFunctionSubclass():
@@ -75,16 +100,16 @@ def check_memory(groups: Sequence[Mapping[str, Any]]) -> None:
                 if isinstance(t, Tensor) and t.requires_grad and _has_memory(t):
                     try:
                         begin = t.data_ptr()
-                        if begin:
-                            spans.append((begin, begin + _extent(t), g, position, t))
-                    except RuntimeError:  # it has no storage, or no strides
+                    except RuntimeError:  # it has no storage
                         continue
+                    if begin:
+                        spans.append((begin, begin + _extent(t), g, position, t))
         spans.sort()
         for crowd in _crowds(spans):
             found = _sharing(crowd)
             if found is not None:
                 places = sorted((g, position) for _, _, g, position, _ in found)
-                first, second = (_label(groups[g], g, position) for g, position in places)
+                first, second = (parameter_name(groups[g], g, position) for g, position in places)
                 raise ValueError(
                     f"{first} and {second} share memory, which a step would update twice: give the "
                     "optimizer only one of them (a weight that two modules share is one "
@@ -93,6 +118,8 @@ def check_memory(groups: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _has_memory(t: Tensor) -> bool:
+    if t.layout != torch.strided or t.is_nested:
+        return False
     return type(t) is nn.Parameter or (
         type(t).__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl
     )
@@ -169,11 +196,3 @@ def _has_gaps(span: _Span) -> bool:
 
 def _tensors(group: Mapping[str, Any]) -> Iterator[Any]:
     return (p[1] if isinstance(p, tuple) else p for p in group["params"])
-
-
-def _label(group: Mapping[str, Any], index: int, position: int) -> str:
-    p = list(group["params"])[position]
-    names = group.get("param_names") or ()
-    name = p[0] if isinstance(p, tuple) else names[position] if position < len(names) else None
-    where = f"(group {index}, position {position})"
-    return f"parameter {where}" if name is None else f"parameter {name!r} {where}"

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -320,7 +319,8 @@ def _let_compiled_code_see_hooks() -> None:
     It takes a module's hooks to stay as they were when it compiled the module, or another one of
     the same class, unless it is told to guard them.
     """
-    dynamo = sys.modules.get("torch._dynamo")
-    if dynamo is not None and getattr(dynamo.config, "skip_nnmodule_hook_guards", False):
-        dynamo.config.skip_nnmodule_hook_guards = False
-        dynamo.reset()  # what was compiled without these guards
+    from torch._dynamo import config, reset
+
+    if getattr(config, "skip_nnmodule_hook_guards", False):
+        config.skip_nnmodule_hook_guards = False
+        reset()  # what was compiled without these guards

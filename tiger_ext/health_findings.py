@@ -168,6 +168,8 @@ class HealthReport:
 
         Raises:
             ImportError: matplotlib is not installed.
+            ValueError: the suffix is no format that matplotlib writes.
+            OSError: the file cannot be written.
         """
         try:
             from matplotlib.figure import Figure

@@ -77,7 +77,7 @@ class MixedOptimizer(torch.optim.Optimizer):
 
         Raises:
             ValueError: an option has an illegal value; a parameter is complex or sparse, is listed
-                twice, or shares memory with another one.
+                twice, or shares memory with another one (those that require gradients).
             TypeError: a key is an option of other algorithms only, or nearly one of this algorithm.
         """
         if not isinstance(param_group, dict):
@@ -117,10 +117,11 @@ class MixedOptimizer(torch.optim.Optimizer):
             IndexError: a sparse gradient has a row index outside its parameter.
             FloatingPointError: a gradient has a NaN or Inf and its group ``nonfinite="raise"``.
             ValueError: a group's options have been changed to what its lazy mode does not allow.
-            RuntimeError: a gradient's device, shape, dtype or layout does not fit; ``fused=True``
-                and there is no native kernel; ``rows="tracked"`` and no module of an embedding's
-                parameter is tracked; or a CUDA graph is being captured whose replays could not do
-                what the step does (docs/cuda.md). In every case nothing was written.
+            OverflowError: a group in a lazy mode has taken 2**31 - 1 steps.
+            RuntimeError: device, shape, dtype or layout of a gradient or a state does not fit;
+                ``fused=True`` and there is no native kernel; ``rows="tracked"`` and no module of an
+                embedding's parameter is tracked; or a CUDA graph is being captured whose replays
+                could not do what the step does (docs/cuda.md). In every case nothing was written.
         """
         loss = None
         try:
@@ -146,7 +147,7 @@ class MixedOptimizer(torch.optim.Optimizer):
         gradient divided by ``accumulation_steps`` as planned. Does nothing where no window is open.
 
         Raises:
-            ValueError, RuntimeError: as ``step``; nothing was written.
+            ValueError, RuntimeError, OverflowError: as ``step``; nothing was written.
         """
         with torch.inference_mode(False), torch.no_grad():
             self._step_with(None, None, Step.close_windows)
@@ -238,7 +239,8 @@ class MixedOptimizer(torch.optim.Optimizer):
             module: an ``nn.Embedding``, ``nn.EmbeddingBag``, or any module whose first argument is
                 an integer tensor of row ids, of any shape. Of a wrapper (a compiled module,
                 ``nn.DataParallel``, a module that passes its ids on) the embedding within is
-                tracked as well.
+                tracked as well. The first argument is taken for ids whatever it means: if it is
+                another integer tensor (lengths, positions), track the embedding within instead.
             parameter: the table; default ``module.weight``.
 
         Returns:
@@ -248,7 +250,7 @@ class MixedOptimizer(torch.optim.Optimizer):
             ValueError: the parameter is not one of this optimizer's.
             TypeError: the module has no ``weight`` and ``parameter`` was not given, or it is known
                 to take floats.
-            RuntimeError: the parameter has been resized, and its state has not.
+            RuntimeError: the parameter's state is of another size: one of them was resized.
         """
         module, table = find_table(module, parameter)
         for group in self._group_steps():
@@ -282,8 +284,8 @@ class MixedOptimizer(torch.optim.Optimizer):
         Raises:
             IndexError: a GPU has found a bad row index in an earlier gradient.
             ValueError: a GPU has found ``lr * weight_decay >= 1`` in an earlier step.
-            RuntimeError: replays of a captured graph changed the learning rate more often than
-                there was room for; or a CUDA graph is being captured.
+            RuntimeError: a state is of another size than its parameter; replays of a captured graph
+                changed the learning rate too often; or a CUDA graph is being captured.
         """
         if is_capturing():
             raise RuntimeError(

@@ -72,9 +72,10 @@ def check_tensors(group: Mapping[str, Any], index: int) -> None:
                     "torch.strided: gradients may be sparse, parameters not"
                 )
             if id(t) in seen:
+                first, second = (parameter_name(group, index, k) for k in (seen[id(t)], position))
                 raise ValueError(
-                    f"{parameter_name(group, index, seen[id(t)])} and {parameter_name(group, index, position)} are "
-                    "one tensor, which a step would update twice: list it once"
+                    f"{first} and {second} are one tensor, which a step would update twice: list "
+                    "it once"
                 )
             seen[id(t)] = position
 

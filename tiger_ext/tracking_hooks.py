@@ -230,7 +230,14 @@ class TrackingHandle:
     """What ``optimizer.track`` returns; ``remove()`` ends the tracking. Also a context manager."""
 
     def __init__(self, module: nn.Module, used: UsedRows, read: _Read) -> None:
-        """Register the hook; ``read`` is called with the ids before the module reads their rows."""
+        """Register the hooks.
+
+        Args:
+            module: what is tracked, as `find_table` returned it.
+            used: of the table; its ``modules`` counts this one until `remove`.
+            read: called with the ids before the module reads their rows; returns whether the next
+                step must know of them.
+        """
         self._used: UsedRows | None = used
         self._hooks: list[tuple[_Hook, Any]] = []
         replicas = not isinstance(module, nn.DataParallel)
@@ -260,6 +267,13 @@ class TrackingHandle:
 
 def find_table(module: Any, parameter: Tensor | None) -> tuple[nn.Module, Tensor]:
     """Return the module to track, without what torch has wrapped around it, and its table.
+
+    Args:
+        module: what ``optimizer.track`` was given: an ``nn.Module``.
+        parameter: the table; None: the module's ``weight``.
+
+    Returns:
+        The module within ``torch.compile`` and ``DistributedDataParallel``, and the table.
 
     Raises:
         TypeError: it is no module that looks rows up, or no table was given and it has none.

@@ -15,7 +15,8 @@
 #   make cmake-build the extension built by CMake: imported (CPU torch), compiled (CUDA torch)
 #   make add-rule    a rule added as docs/design.md says, in a copy of the project
 #   make fuzz        random programs against a model, mutated state dicts under AddressSanitizer;
-#                    FUZZ_SECONDS=300 of them, FUZZ_ARGS="--seed 7 --programs 1" (tests/fuzz)
+#                    FUZZ_SECONDS=300 of them, FUZZ_ARGS="--seed 7 --programs 1" (tests/fuzz);
+#                    the first time some 4 minutes more, for a build with sanitizers
 
 PYTHON ?= python3
 export MAX_JOBS ?= 2

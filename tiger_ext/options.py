@@ -270,7 +270,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "accumulation_steps": (
         lambda v: isinstance(v, Integral) and not isinstance(v, bool) and 1 <= int(v) <= _INT32,
-        f"an integer from 1 to {_INT32}",
+        f"an integer >= 1 and <= {_INT32}",
     ),
     "direction_scale": (
         lambda v: v is None or 0.0 < _float(v) < math.inf,

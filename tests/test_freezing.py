@@ -233,3 +233,48 @@ def test_a_table_frozen_just_before_its_window_is_closed_early(fused):
     table.requires_grad_(True)
     optimizer.flush()
     torch.testing.assert_close(table, torch.full((ROWS, DIM), 0.99))
+
+
+@every_mode
+@every_road
+@pytest.mark.parametrize("reads", [False, True], ids=["stepped", "read"])
+def test_a_frozen_table_whose_state_was_cleared_begins_when_it_thaws(cls, lazy, fused, reads):
+    run = Run(cls, lazy, fused)
+    if reads:
+        run.optimizer.track(run.table)
+    for rows in ([0, 1], [2]):
+        run.step(rows)
+    run.optimizer.flush()
+    run.table.weight.requires_grad_(False)
+    run.step()
+    del run.optimizer.state[run.table.weight]
+    run.step()
+    run.table.weight.requires_grad_(True)
+    run.rule = Rule(run.table.weight, cls, lazy)
+    if reads:
+        run.table(torch.arange(ROWS))
+        assert torch.equal(run.table.weight.double(), run.rule.p)
+    for rows in (None, [2, 3], [0]):
+        run.step(rows)
+    run.assert_as_the_rule()
+
+
+@every_road
+def test_a_table_that_thaws_is_named_if_its_state_does_not_fit(fused):
+    run = Run(Tiger, "exact", fused)
+    for rows in ([0, 1], [2], None):
+        run.step(rows)
+    run.table.weight.requires_grad_(False)
+    run.step()
+    run.table.weight.requires_grad_(True)
+    state = run.optimizer.state[run.table.weight]
+    kept, state["exp_avg"] = state["exp_avg"], torch.zeros(ROWS, DIM + 1)
+    before = run.table.weight.detach().clone()
+    says = rf"\(group 0, position 0\).* exp_avg has shape \[{ROWS}, {DIM + 1}\], the parameter"
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=says):
+            run.optimizer.step()
+    assert torch.equal(run.table.weight, before)
+    state["exp_avg"] = kept
+    run.step([1])
+    run.assert_as_the_rule()

@@ -190,6 +190,75 @@ def test_a_group_made_lazy_counts_from_then_on(cls, lazy, fused, loaded):
     assert optimizer.state[p]["last_step"].abs().tolist() == [5] * ROWS
 
 
+def two_groups(cls, lazy, fused, **options):
+    """Return tables of two groups of which the second came three steps, or windows, later."""
+    p, q, other = table(), table(), nn.Parameter(torch.ones(2))
+    optimizer = make(cls, [p, other], lazy, fused, **options)
+    steps = options.get("accumulation_steps", 1)
+    for row in (0, 1, 0) * steps:
+        touch(optimizer, p, row)
+    optimizer.add_param_group({"params": [q], "lr": LR, "weight_decay": DECAY})
+    for row in (2, 1) * steps:
+        touch(optimizer, p, row)
+    return p, q, optimizer
+
+
+def move(optimizer, p, source, target):
+    params = optimizer.param_groups[source]["params"]
+    del params[next(i for i, own in enumerate(params) if own is p)]
+    optimizer.param_groups[target]["params"].append(p)
+
+
+@every_mode
+@every_road
+@pytest.mark.parametrize("back", [False, True], ids=["to the younger", "to the older"])
+def test_a_parameter_moved_to_another_group_goes_by_its_clock(cls, lazy, fused, back):
+    p, q, optimizer = two_groups(cls, lazy, fused)
+    optimizer.flush()
+    moved, source = (q, 1) if back else (p, 0)
+    touch(optimizer, q, 4)
+    optimizer.flush()
+    move(optimizer, moved, source, 1 - source)
+    before, momentum = moved.detach().clone(), optimizer.state[moved]["exp_avg"].clone()
+    q.grad = None
+    for row in (0, None, 0):
+        touch(optimizer, moved, row)
+    optimizer.flush()
+    torch.testing.assert_close(moved[5] / before[5], decayed(3))
+    now = clock_of(optimizer, 1 - source).history.steps
+    assert optimizer.state[moved]["last_step"].tolist() == [now] * ROWS
+    assert bool((momentum[0 if moved is p else 4] != 0).all())  # which has stayed
+
+
+@every_road
+@pytest.mark.parametrize("back", [False, True], ids=["to the younger", "to the older"])
+@pytest.mark.parametrize("rows", [False, True], ids=["dense", "sparse"])
+def test_a_parameter_moved_to_another_group_is_in_none_of_its_windows(fused, back, rows):
+    p, q, optimizer = two_groups(Tiger, "frozen", fused, accumulation_steps=2)
+    moved, source = (q, 1) if back else (p, 0)
+    p.grad = q.grad = None
+
+    def micro_step(value):
+        if rows:
+            moved.grad = torch.sparse_coo_tensor([[1]], [[value] * DIM], moved.shape)
+        else:
+            moved.grad = torch.full_like(moved, value)
+        optimizer.step()
+
+    micro_step(1.0)
+    micro_step(1.0)
+    move(optimizer, moved, source, 1 - source)
+    before, momentum = moved.detach().clone(), optimizer.state[moved]["exp_avg"].clone()
+    micro_step(0.5)
+    assert torch.equal(moved, before)  # a window's first: the momentum decays, and is added to
+    beta = optimizer.param_groups[0]["betas"][0]
+    expected = beta * momentum[1] + (1 - beta) * 0.25
+    torch.testing.assert_close(optimizer.state[moved]["exp_avg"][1], expected)
+    micro_step(0.5)
+    torch.testing.assert_close(moved[1], before[1] * (1 - LR * DECAY) - LR)
+    assert int(optimizer.state[moved]["window"].max()) == clock_of(optimizer, 1 - source).windows
+
+
 @every_road
 def test_exact_makes_up_for_the_drift_after_the_change(fused):
     p = nn.Parameter(torch.ones(3, 1))

@@ -49,6 +49,9 @@ class Run:
         generator = torch.Generator().manual_seed(self.number)
         rows = torch.randint(50, (1, 6), generator=generator)
         values = torch.randn(6, 4, generator=generator)
+        if self.number >= 4:  # of elements: the rows are divided anew
+            rows = torch.cat([rows, rows % 4])
+            values = values[:, 0]
         self.table.weight.grad = torch.sparse_coo_tensor(rows, values, (50, 4))
         self.bias.grad = torch.randn(4, generator=generator)
         self.late.grad = torch.ones(3) if self.number >= 2 else None
@@ -117,7 +120,7 @@ def interrupt_at(count):
 
 @pytest.mark.parametrize("fused", [None, False], ids=["native", "reference"])
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("step", [0, 2, 3])
+@pytest.mark.parametrize("step", [0, 2, 3, 4])
 def test_interrupted_before_any_line_a_step_is_whole_or_nothing(mode, step, fused):
     cls, options = MODES[mode]
     options = {**options, "fused": fused}
@@ -236,6 +239,72 @@ def test_a_flush_that_is_interrupted_goes_on_later():
         run.optimizer.flush()
         run.step()
         assert same(run.everything(), expected.everything()), f"astray after line {line}"
+
+
+@pytest.mark.parametrize("fused", [None, False], ids=["native", "reference"])
+@pytest.mark.parametrize("how", ["read", "flush"])
+def test_state_that_begins_with_a_read_begins_wholly(how, fused):
+    def read(run):
+        if how == "read":
+            run.table(torch.arange(7))
+        else:
+            run.optimizer.flush()
+
+    def end(run):
+        read(run)
+        run.step()
+        run.optimizer.flush()
+        return run.everything()
+
+    start = Run(AdamW, {"lazy": "decay", "fused": fused})
+    for _ in range(2):  # its rows decay, without a state
+        start.bias.grad = torch.ones(4)
+        start.optimizer.step()
+    start.number = 2
+    expected = end(tracked(copy.deepcopy(start)))
+    line, raised = 0, True
+    while raised:
+        line += 2
+        run = tracked(copy.deepcopy(start))
+        with interrupt_at(line) as seen, contextlib.suppress(Interrupt):
+            read(run)
+        raised = seen["raised"]
+        keys = run.optimizer.state.get(run.table.weight, {}).keys()
+        assert len(keys) in (0, 4), f"half a state after line {line}: {keys}"
+        assert same(end(run), expected), f"astray after line {line}"
+
+
+def tracked(run):
+    run.optimizer.track(run.table)
+    return run
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_state_dict_is_loaded_wholly_or_not_at_all(mode):
+    cls, options = MODES[mode]
+    start = Run(cls, options)
+    start.step()
+    before = start.everything()
+    for _ in range(4):
+        start.step()
+    saved = copy.deepcopy(start.optimizer.state_dict())
+    after = start.everything()
+    start = Run(cls, options)
+    start.step()
+    line, raised, loaded = 0, True, 0
+    while raised:
+        line += 7
+        run = copy.deepcopy(start)
+        with interrupt_at(line) as seen, contextlib.suppress(Interrupt):
+            run.optimizer.load_state_dict(saved)
+        raised = seen["raised"]
+        found = run.everything()
+        loaded += same(found[1:], after[1:])
+        assert same(found[0], before[0])
+        assert same(found[1:], after[1:]) or same(found, before), f"torn before line {line}"
+        run.number = 5 if same(found[1:], after[1:]) else 1
+        run.step()
+    assert loaded > 1 and line > 100
 
 
 def test_work_is_repeated_until_it_is_done_and_the_interrupt_comes_after():

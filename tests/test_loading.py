@@ -194,6 +194,11 @@ MISFITS = {
     "a state that is a number": ({}, lambda saved: saved["state"].update({0: 5}), "state: got 5"),
     "frozen in the future": (LAZY, state("frozen_at", 9), "frozen_at: got 9, .* from 0 to 4"),
     "begun before the start": (LAZY, state("begins_at", -1), "begins_at: got -1"),
+    "frozen before it began": (
+        LAZY,
+        lambda saved: saved["state"][0].update(begins_at=3, frozen_at=2),
+        "frozen_at: got 2, expected begins_at or later, 3",
+    ),
     "groups that are no list": (
         {},
         lambda saved: saved.update(param_groups=3),

@@ -126,6 +126,24 @@ def test_a_failed_read_or_step_is_no_writer(lazy, fused):
 
 @every_lazy
 @every_road
+def test_what_a_failed_step_noticed_is_said_by_the_next(lazy, fused):
+    run = Run(lazy, fused)
+    run.train(range(3))
+    edit(run.table)
+    late = nn.Parameter(torch.ones(2))
+    run.optimizer.add_param_group({"params": [late], "nonfinite": "raise"})
+    late.grad = torch.full((2,), torch.nan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing was made up for
+        with pytest.raises(FloatingPointError):
+            run.optimizer.step()
+    late.grad = None
+    with pytest.warns(UserWarning, match=SAYS):
+        run.optimizer.step()
+
+
+@every_lazy
+@every_road
 def test_rows_that_the_embedding_renorms_are_current(lazy, fused):
     run = Run(lazy, fused, max_norm=1.0)
     with warnings.catch_warnings():

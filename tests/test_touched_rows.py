@@ -790,6 +790,34 @@ def test_tracked_rows_in_an_accumulation_window(fused):
         assert set(changed_rows(momentum_of(opt, table.weight), m)) <= set(used)
 
 
+@backends
+@pytest.mark.parametrize("early", [False, True], ids=["without a gradient", "early"])
+def test_windows_beside_tracked_tables_close(early, fused):
+    # A parameter of no tracked module goes as a whole, in the closing pass as well.
+    table, linear, norm = nn.Embedding(12, 4), nn.Linear(4, 3), nn.LayerNorm(3)
+    model = nn.Sequential(table, linear, norm)
+    twin = copy.deepcopy(model)
+    opt, other = (
+        Tiger(m.parameters(), lr=0.1, weight_decay=0.1, rows=r, accumulation_steps=2, fused=fused)
+        for m, r in ((model, "tracked"), (twin, None))
+    )
+    opt.track(table)
+    weights = torch.randn(12, 3)
+    for _ in range(2):
+        for m in (model, twin):
+            m.zero_grad()
+            (m(torch.arange(12)) * weights).sum().backward()
+        for each in (opt, other):
+            each.step()
+            each.zero_grad()
+            if early:
+                each.close_window()
+            else:
+                each.step()
+        assert all(same_bits(p, q) for p, q in zip(model.parameters(), twin.parameters()))
+    assert int(opt.state[linear.weight]["window"]) == 2
+
+
 def test_tracked_forward_passes_cost_no_memory_in_the_long_run():
     table = nn.Embedding(10, 4)
     opt, _ = tracked(table)

@@ -278,3 +278,55 @@ def test_a_table_that_thaws_is_named_if_its_state_does_not_fit(fused):
     state["exp_avg"] = kept
     run.step([1])
     run.assert_as_the_rule()
+
+
+@every_road
+@pytest.mark.parametrize("lazy", ["exact", "decay"])
+@pytest.mark.parametrize("gathered", [False, True], ids=["untouched", "gathered"])
+@pytest.mark.parametrize("early", [False, True], ids=["", "closed early"])
+def test_a_table_frozen_within_a_window(lazy, gathered, early, fused):
+    # What has been gathered for it in the window is applied at the window's end, and it ages by it.
+    lr, decay, beta = 0.1, 0.5, 0.8
+    table, other = nn.Parameter(torch.ones(2, 1)), nn.Parameter(torch.ones(2))
+    optimizer = Tiger(
+        [table, other],
+        lr=lr,
+        betas=(beta,),
+        weight_decay=decay,
+        lazy=lazy,
+        accumulation_steps=3,
+        fused=fused,
+    )
+
+    def step(row):
+        table.grad, other.grad = None, torch.ones(2)
+        if row is not None:
+            table.grad = torch.sparse_coo_tensor([[row]], torch.ones(1, 1), table.shape)
+        optimizer.step()
+
+    def window(rows):
+        for row in rows:
+            step(row)
+
+    window([0, None, None])
+    expected = torch.tensor([0.95 - 0.1, 0.95])
+    step(1 if gathered else None)
+    table.requires_grad_(False)
+    step(None)
+    if early:
+        optimizer.close_window()
+    else:
+        step(None)
+    if gathered:
+        drift = 0.1 if lazy == "exact" else 0.0
+        expected = 0.95 * expected - torch.tensor([drift, 0.1])
+    before = table.detach().clone()
+    window([None, None, None])  # it stands: what its rows have missed is made up for later
+    optimizer.flush()
+    assert torch.equal(table, before)
+    table.requires_grad_(True)
+    window([None, 1, None])
+    optimizer.flush()
+    drift = 0.1 if lazy == "exact" else 0.0
+    expected = 0.95 * expected - torch.tensor([drift, 0.1])
+    torch.testing.assert_close(table.detach().view(2), expected)

@@ -27,12 +27,19 @@ from both import (
 from cases import FLOATS, RULES, clock_of, dense_grad, parameter, views
 from torch.nn import Parameter
 
+from tiger_ext.optimizer import _Reader
+
 F32, F64, BF16, F16 = FLOATS.values()
 MODES = [(rule, mode) for rule in RULES[:2] for mode in ("decay", "exact")]
 MODES += [(rule, "decay") for rule in RULES[2:]]
 every_mode = pytest.mark.parametrize(
     "rule,lazy", MODES, ids=[f"{rule.name}-{mode}" for rule, mode in MODES]
 )
+
+
+def read(opt, p, ids):
+    """Do what a tracked module does before it reads rows."""
+    _Reader(opt, p)(ids, False)
 
 
 def rate(number):
@@ -372,7 +379,7 @@ def test_a_rate_that_is_too_large_is_reported_later(rates):
         opt.step()
     opt.param_groups[0]["lr"] = 0.02
     opt.step()
-    opt._catch_up_ids(p, torch.arange(30, device=DEVICE))
+    read(opt, p, torch.arange(30, device=DEVICE))
     opt.flush()
     assert bool(p.isfinite().all())
 
@@ -420,7 +427,7 @@ def test_tracked_reads(rule, lazy, dim):
             advance(side, number)
             ids = torch.randint(50, (40, 30), generator=torch.Generator().manual_seed(number))
             ids = ids.clamp(max=20).to(torch.int32 if number % 2 else torch.int64)
-            side.opt._catch_up_ids(side.params[0], ids.to(side.device))
+            read(side.opt, side.params[0], ids.to(side.device))
             yield side.snapshot()
 
     with cpu_kernels():
@@ -429,7 +436,7 @@ def test_tracked_reads(rule, lazy, dim):
     for k, found in enumerate(reads(side)):
         agree(found, expected[k], f"read {k}", k + 1)
     before = side.snapshot()
-    side.opt._catch_up_ids(side.params[0], torch.tensor([-1, 50, 2**40], device=DEVICE))
+    read(side.opt, side.params[0], torch.tensor([-1, 50, 2**40], device=DEVICE))
     synchronize()
     for name, t in side.snapshot().items():
         assert_agree(t, before[name], name)

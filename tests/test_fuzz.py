@@ -229,7 +229,7 @@ def test_only_refusals_that_come_from_a_gradient_are_legal(said, found, monkeypa
     "change",
     [
         """saved["param_groups"][0]['lr'] = -1""",
-        """saved["param_groups"][0]['windows'] = 2**31 - 1""",
+        """saved["param_groups"][0]['windows'] = 2**31""",
         """saved["param_groups"][0]['micro_steps'] = -1""",
         """saved["state"][0]['frozen_at'] = 10**6""",
         """saved["state"][0]['begins_at'] = 2.5""",

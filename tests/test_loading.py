@@ -199,6 +199,15 @@ MISFITS = {
         lambda saved: saved["state"][0].update(begins_at=3, frozen_at=2),
         "frozen_at: got 2, expected begins_at or later, 3",
     ),
+    "names that are no strings": ({}, group("param_names", [1, 2]), "param_names: got"),
+    "a string for names": ({}, group("param_names", "ab"), "param_names: got 'ab'"),
+    "a name too few": ({}, group("param_names", ["a"]), "expected a list of 2 strings"),
+    "names that are a number": ({}, group("param_names", 5), "param_names: got 5"),
+    "an open window without its momentum": (
+        WINDOW,
+        lambda saved: saved["state"][0].pop("exp_avg"),
+        "exp_avg: got None, expected a tensor: an accumulation window is open",
+    ),
     "groups that are no list": (
         {},
         lambda saved: saved.update(param_groups=3),
@@ -369,3 +378,66 @@ def test_a_wrong_number_of_groups_or_parameters_is_torchs_error():
         Tiger([{"params": [p]} for p in layer.parameters()]).load_state_dict(optimizer.state_dict())
     with pytest.raises(ValueError, match="doesn't match the size"):
         Tiger([layer.weight]).load_state_dict(optimizer.state_dict())
+
+
+every_road = pytest.mark.parametrize("fused", [None, False], ids=["native", "reference"])
+
+
+@every_road
+@pytest.mark.parametrize("steps", [2, 3], ids=["closed", "open"])
+def test_rows_that_changed_after_accumulation_ended_load(steps, fused):
+    p = Parameter(torch.ones(4, 2))
+    optimizer = Tiger([p], lr=0.01, lazy="exact", accumulation_steps=2, fused=fused)
+    for _ in range(steps):
+        p.grad = torch.ones(4, 2).to_sparse(1)
+        optimizer.step()
+    optimizer.param_groups[0]["accumulation_steps"] = 1
+    p.grad = torch.ones(4, 2).to_sparse(2)
+    optimizer.step()
+    twin = Parameter(p.detach().clone())
+    other = Tiger([twin], lazy="exact", fused=fused)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    if steps == 2:  # the other one refuses to go on with its open window by other rows
+        for each in (optimizer, other):
+            each.param_groups[0]["accumulation_steps"] = 2
+    for _ in range(3):
+        for own, each in ((p, optimizer), (twin, other)):
+            own.grad = torch.ones(4, 2).to_sparse(2)
+            each.step()
+        assert same_bits(p, twin)
+
+
+@every_road
+def test_a_momentum_missing_from_a_closed_window_begins_anew(fused):
+    optimizer = trained(accumulation_steps=2, fused=fused)
+    saved = copy.deepcopy(optimizer.state_dict())
+    del saved["state"][0]["exp_avg"]
+    optimizer.load_state_dict(saved)
+    table, bias = optimizer.param_groups[0]["params"]
+    before = table.detach().clone()
+    table.grad, bias.grad = None, torch.ones(DIM)
+    for _ in range(2):
+        optimizer.step()
+    assert same_bits(table, before)
+    for _ in range(2):
+        table.grad = torch.ones(ROWS, DIM)
+        optimizer.step()
+    torch.testing.assert_close(table, before * (1 - 0.01 * 0.1) - 0.01)
+
+
+@every_road
+def test_windows_count_as_far_as_their_numbers_go(fused):
+    optimizer = trained(accumulation_steps=2, fused=fused)
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0]["windows"] = 2**31 - 2
+    optimizer.load_state_dict(saved)
+    table = optimizer.param_groups[0]["params"][0]
+    for _ in range(2):
+        optimizer.step()
+    before = everything(optimizer)
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert_equal(everything(optimizer), before)
+    assert int(optimizer.state[table]["window"].max()) == 2**31 - 1
+    with pytest.raises(OverflowError, match="windows count at most 2147483647"):
+        optimizer.step()
+    assert_equal(everything(optimizer), before)

@@ -36,7 +36,8 @@ class GroupClock:
         frozen: of parameters that do not take part (``requires_grad`` is False): the step up to
             which they did.
         clocked: the parameters that have, or had, a ``last_step``.
-        versions: where no kernels are used: the versions of parameters, to notice other writers.
+        versions: where no kernels are used: the implementations and versions of parameters, to
+            notice other writers.
         warned: the parameters of which it need not be said (again) that others wrote to rows that
             were behind.
     """
@@ -61,7 +62,7 @@ class GroupClock:
         self.begins: dict[Tensor, int] = {}
         self.frozen: dict[Tensor, int] = {}
         self.clocked: set[Tensor] = set()
-        self.versions: dict[Tensor, int] = {}
+        self.versions: dict[Tensor, tuple[int, int]] = {}
         self.warned: set[Tensor] = set()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -256,7 +256,9 @@ def is_rewritten(group: GroupStep, position: int) -> bool:
     if group.native:
         assert group.history is not None
         return bool(group.history.native().rewritten(position, p))
-    return group.clock.versions.get(p, p._version) != p._version
+    known = group.clock.versions.get(p)
+    # Another implementation: the tensor has been swapped, as conversions do.
+    return known is not None and known[0] == p._cdata and known[1] != p._version
 
 
 def warn_if_behind(group: GroupStep, position: int, states: Mapping[Tensor, Any]) -> None:
@@ -287,7 +289,7 @@ def note_version(group: GroupStep, position: int) -> None:
         assert group.history is not None
         group.history.native().note(position, p)
     else:
-        group.clock.versions[p] = p._version
+        group.clock.versions[p] = p._cdata, p._version
 
 
 # ----------------------------------------------------------------------------------- histories

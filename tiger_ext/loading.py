@@ -124,6 +124,13 @@ def _checked_group(index: int, saved: Mapping[str, Any], own: Mapping[str, Any])
             undecayed = key == "decoupled_weight_decay" and not saved.get("weight_decay")
             if bool(value) != _OTHER_RULES[key] and not undecayed:
                 _refuse(where, key, value, f"{_OTHER_RULES[key]}: another rule is not {name}'s")
+    names, count = saved.get("param_names", ()), len(saved["params"])
+    if "param_names" in saved and not (
+        isinstance(names, (list, tuple))
+        and len(names) == count
+        and all(isinstance(each, str) for each in names)
+    ):
+        _refuse(where, "param_names", names, f"a list of {count} strings")
     merged = {**saved, "algorithm": name}
     if own["lazy"] != "frozen" and saved.get("lazy", "frozen") == "frozen":
         merged["lazy"] = own["lazy"]
@@ -141,7 +148,7 @@ def _clock_of(index: int, saved: Mapping[str, Any], own: Mapping[str, Any]) -> G
     clock = GroupClock(own["params"])
     where = f"group {index}"
     for key in ("windows", "micro_steps"):
-        setattr(clock, key, _count(where, key, saved.get(key, 0), MAX_STEPS - 1))
+        setattr(clock, key, _count(where, key, saved.get(key, 0), MAX_STEPS))
     history = saved.get("history")
     if isinstance(history, History):
         clock.history = History(history.saved())
@@ -193,10 +200,18 @@ def _checked_state(
             own[name] = value
     if clock.frozen.get(p, now) < clock.begins.get(p, 0):
         _refuse(where, "frozen_at", clock.frozen[p], f"begins_at or later, {clock.begins[p]}")
+    is_open = clock.micro_steps > 0 and group.get("accumulation_steps", 1) > 1
+    window, last_step = own.get("window"), own.get("last_step")
+    if not is_open and _differ(window, last_step):  # a window of the past, of other rows
+        del own["window"]
+        own.pop("window_rows", None)
     _check_rows(where, own, p, clock.windows + 1, now)
-    if "last_step" in own:
+    if last_step is not None:
         clock.clocked.add(p)
     window = own.get("window")
+    missing = [name for name in moments if name not in own]
+    if window is not None and is_open and missing:
+        _refuse(where, missing[0], None, "a tensor: an accumulation window is open")
     if window is not None and window.dim() > 0 and clock.micro_steps > 0:
         # Distributed checkpointing drops the list, which a fresh optimizer lacks.
         own.setdefault("window_rows", unlisted(p))
@@ -271,6 +286,13 @@ def _extremes(value: Tensor) -> tuple[int, int]:
     return int(low), int(high)
 
 
+def _differ(window: Tensor | None, last_step: Tensor | None) -> bool:
+    """Return whether both are there, and not for the same rows."""
+    if window is None or last_step is None or window.dim() == 0:
+        return False
+    return window.dim() != last_step.dim()
+
+
 def _check_rows(where: str, own: Mapping[str, Any], p: Tensor, open_window: int, now: int) -> None:
     """Check that what belongs to rows fits together, and the counters of the group."""
     window, rows, last_step = (own.get(k) for k in ("window", "window_rows", "last_step"))
@@ -290,6 +312,6 @@ def _check_rows(where: str, own: Mapping[str, Any], p: Tensor, open_window: int,
         low, high = _extremes(last_step)
         if low < -1 - now or high > now:
             _refuse(where, "last_step", [low, high], f"clocks from {-1 - now} to {now}")
-        if window is not None and window.dim() > 0 and last_step.dim() != window.dim():
+        if window is not None and _differ(window, last_step):
             shapes = list(last_step.shape), list(window.shape)
             _refuse(where, "last_step", shapes[0], f"the shape of window, {shapes[1]}")

@@ -20,6 +20,7 @@ from tiger_ext.capture import check_capture, check_reference, is_capturing
 from tiger_ext.clocks import GroupClock
 from tiger_ext.finish import finish
 from tiger_ext.group_step import GroupStep, is_row_lazy
+from tiger_ext.history import MAX_STEPS
 from tiger_ext.lazy import (
     Counting,
     is_rewritten,
@@ -232,6 +233,8 @@ class Step:
                 group.history.check_room()
                 if group.clock.frozen:
                     self._prepare_thaw(this, group)
+            if adds and group.window > MAX_STEPS:
+                raise OverflowError(f"accumulation windows count at most {MAX_STEPS}")
             rows = _NO_ROWS
             if not adds:
                 rows = self._windows[group.index]
@@ -348,7 +351,8 @@ class Step:
                 if python_only and (not p.requires_grad or "last_step" not in states.get(p, {})):
                     look_at_idle(group, [position], self._changes)
                 continue
-            if not adds and "window" not in states.get(p, {}):
+            wanted = ("window", *(moment.name for moment in group.moments()))
+            if not adds and any(name not in states.get(p, {}) for name in wanted):
                 continue
             if is_capturing():
                 label, amp = self._label(group.index, position), (self._grad_scale, self._found_inf)

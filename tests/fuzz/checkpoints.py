@@ -116,8 +116,8 @@ _LEGAL_VALUES = {
     "direction": '"clip"',
     "nonfinite": '"skip"',
     "shrink_ratio": "",
-    "accumulation_steps": "2 | 10**12",
-    "windows": "1 | 2**31 - 2",
+    "accumulation_steps": "2",
+    "windows": "1 | 2**31 - 1 | 2**31 - 2",
     "micro_steps": "1",
 }
 _COUNTERS = ("windows", "micro_steps")  # of every group, whatever its options
@@ -128,6 +128,7 @@ _LEGAL = (
     "within an accumulation window",
     "before in the same accumulation window",
     "the lazy modes count at most",
+    "accumulation windows count at most",
 )
 
 

@@ -151,8 +151,8 @@ def test_rows_to_catch_up_that_do_not_exist(begin, end):
 
 
 def test_long_runs_of_tables_of_several_types():
-    # Under UBSan: the sums of the second table's pieces are aligned like its type. The first one has
-    # an odd number of pieces, of 256 entries each.
+    # Under UBSan: the sums of the second table's pieces are aligned like its type. The first one
+    # has an odd number of pieces, of 256 entries each.
     params = [Parameter(torch.zeros(3, 1)), Parameter(torch.zeros(3, 1, dtype=torch.float64))]
     ids = torch.zeros(1, 40_000, dtype=torch.int64)
     for threads in (1, 2):

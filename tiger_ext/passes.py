@@ -32,9 +32,10 @@ class Pass:
         """Begin with the native step alone."""
         self.native = native
         self.on_reference: list[ReferenceUpdate] = []
-        self.behind: list[tuple[GroupStep, int, Tensor]] = []
-        self.thawing: list[tuple[GroupStep, int, Tensor]] = []
-        self.rewritten: list[tuple[GroupStep, int]] = []
+        # Most often there are none, and no list is made.
+        self.behind: tuple[tuple[GroupStep, int, Tensor], ...] = ()
+        self.thawing: tuple[tuple[GroupStep, int, Tensor], ...] = ()
+        self.rewritten: tuple[tuple[GroupStep, int], ...] = ()
 
     def cancelled(self, found_inf: Tensor | None) -> bool | None:
         """Return whether AMP cancels the step; None: only a device knows."""
@@ -50,7 +51,7 @@ class Pass:
             thaw(group, position, last_step, states)
         for group, position, last_step in self.behind:
             catch_up(group, position, states[group.params[position]], last_step)
-        self.behind = []  # once the step is counted, they would be brought one step further
+        self.behind = ()  # once the step is counted, they would be brought one step further
         if self.native is not None:
             self.native.apply()
         if self.on_reference:

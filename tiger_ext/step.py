@@ -312,7 +312,7 @@ class Step:
         )
         without_state, rest, lagging, idle, rewritten = this.native.add_group(*arguments, positions)
         if rewritten:
-            this.rewritten += [(group, position) for position in rewritten]
+            this.rewritten += tuple((group, position) for position in rewritten)
         if idle:
             look_at_idle(group, idle, self._changes)
         if without_state:
@@ -330,7 +330,7 @@ class Step:
             lagging += late
         for position in lagging:
             last_step = self._changes.state[group.params[position]]["last_step"]
-            this.behind.append((group, position, last_step))
+            this.behind += ((group, position, last_step),)
         return rest
 
     def _add_to_reference(
@@ -346,7 +346,7 @@ class Step:
             p = group.params[position]
             python_only = group.history is not None and not group.native
             if adds and python_only and is_rewritten(group, position):
-                this.rewritten.append((group, position))
+                this.rewritten += ((group, position),)
             if adds and p.grad is None:
                 if python_only and (not p.requires_grad or "last_step" not in states.get(p, {})):
                     look_at_idle(group, [position], self._changes)
@@ -387,7 +387,7 @@ class Step:
             self._complete_state(this, group, position)
             if last_step is None:
                 last_step = self._changes.state[p]["last_step"]
-            this.thawing.append((group, position, last_step))
+            this.thawing += ((group, position, last_step),)
 
     def _complete_state(self, this: Pass, group: GroupStep, position: int) -> None:
         p = group.params[position]
@@ -398,7 +398,7 @@ class Step:
         except WindowError as error:
             raise RuntimeError(f"{self._label(group.index, position)}: {error}") from None
         if old is not None and state.get("last_step") is not old:
-            this.behind.append((group, position, old))  # the rows are divided anew
+            this.behind += ((group, position, old),)  # the rows are divided anew
 
     def _why_not_native(self, group: GroupStep, position: int) -> str:
         p, label = group.params[position], self._label(group.index, position)

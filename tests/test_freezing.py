@@ -82,6 +82,17 @@ class Run:
         torch.testing.assert_close(self.table.weight.double(), self.rule.p, rtol=1e-5, atol=1e-6)
 
 
+def thawing(fused):
+    """Return a run whose table trains again, from the next step on."""
+    run = Run(Tiger, "exact", fused)
+    for rows in ([0, 1], [2], None):
+        run.step(rows)
+    run.table.weight.requires_grad_(False)
+    run.step()
+    run.table.weight.requires_grad_(True)
+    return run
+
+
 @every_mode
 @every_road
 @pytest.mark.parametrize("reads", [False, True], ids=["", "read"])
@@ -171,12 +182,7 @@ def test_a_frozen_table_is_saved_as_one(cls, lazy, fused, thawed_first, how):
 
 @every_road
 def test_a_failed_step_does_not_thaw(fused):
-    run = Run(Tiger, "exact", fused)
-    for rows in ([0, 1], [2], None):
-        run.step(rows)
-    run.table.weight.requires_grad_(False)
-    run.step()
-    run.table.weight.requires_grad_(True)
+    run = thawing(fused)
     before = run.table.weight.clone(), run.optimizer.state[run.table.weight]["last_step"].clone()
     run.optimizer.param_groups[0]["nonfinite"] = "raise"
     run.table.weight.grad = torch.full((ROWS, DIM), torch.nan)
@@ -261,12 +267,7 @@ def test_a_frozen_table_whose_state_was_cleared_begins_when_it_thaws(cls, lazy, 
 
 @every_road
 def test_a_table_that_thaws_is_named_if_its_state_does_not_fit(fused):
-    run = Run(Tiger, "exact", fused)
-    for rows in ([0, 1], [2], None):
-        run.step(rows)
-    run.table.weight.requires_grad_(False)
-    run.step()
-    run.table.weight.requires_grad_(True)
+    run = thawing(fused)
     state = run.optimizer.state[run.table.weight]
     kept, state["exp_avg"] = state["exp_avg"], torch.zeros(ROWS, DIM + 1)
     before = run.table.weight.detach().clone()

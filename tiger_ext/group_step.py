@@ -14,7 +14,7 @@ from tiger_ext.history import History
 from tiger_ext.options import Moment, algorithm_of, direction_scale, moments_of
 from tiger_ext.parameters import parameter_name
 
-__all__ = ["GroupStep", "is_row_lazy", "parameter_name"]
+__all__ = ["GroupStep", "is_row_lazy"]
 
 
 class GroupStep:

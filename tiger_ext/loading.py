@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from tiger_ext.clocks import PLACEHOLDERS, Clocks, GroupClock
-from tiger_ext.group_step import parameter_name
 from tiger_ext.history import MAX_STEPS, History
 from tiger_ext.options import ALGORITHMS, FLOATS, Algorithm, algorithm_of, check_lazy, check_option
+from tiger_ext.parameters import parameter_name
 from tiger_ext.state import clock_device, unlisted
 
 __all__ = ["Loaded", "fill_in"]

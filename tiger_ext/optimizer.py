@@ -117,7 +117,7 @@ class MixedOptimizer(torch.optim.Optimizer):
             IndexError: a sparse gradient has a row index outside its parameter.
             FloatingPointError: a gradient has a NaN or Inf and its group ``nonfinite="raise"``.
             ValueError: a group's options have been changed to what its lazy mode does not allow.
-            OverflowError: a group in a lazy mode has taken 2**31 - 1 steps.
+            OverflowError: a group has taken 2**31 - 1 steps in a lazy mode, or as many windows.
             RuntimeError: device, shape, dtype or layout of a gradient or a state does not fit;
                 ``fused=True`` and there is no native kernel; ``rows="tracked"`` and no module of an
                 embedding's parameter is tracked; or a CUDA graph is being captured whose replays

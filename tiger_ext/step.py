@@ -351,9 +351,10 @@ class Step:
                 if python_only and (not p.requires_grad or "last_step" not in states.get(p, {})):
                     look_at_idle(group, [position], self._changes)
                 continue
-            wanted = ("window", *(moment.name for moment in group.moments()))
-            if not adds and any(name not in states.get(p, {}) for name in wanted):
-                continue
+            if not adds:
+                wanted = ("window", *(moment.name for moment in group.moments()))
+                if any(name not in states.get(p, {}) for name in wanted):
+                    continue
             if is_capturing():
                 label, amp = self._label(group.index, position), (self._grad_scale, self._found_inf)
                 check_reference(label, p, group.options, amp)

@@ -5,6 +5,9 @@
 #include "cpu/kernels/kernels.h"
 
 #if defined(__x86_64__)
+#include <immintrin.h>
+
+#define TIGER_EXT_AVX2
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else

@@ -5,6 +5,14 @@
 #include "cpu/kernels/kernels.h"
 
 #if defined(__x86_64__)
+#include <immintrin.h>
+
+// GCC 12 warns of its own header's undefined vectors, which no lane of a result comes from.
+#if !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
+#define TIGER_EXT_AVX512
 #if defined(__clang__)
 #pragma clang attribute push(                                                    \
     __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl"))), \

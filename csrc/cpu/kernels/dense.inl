@@ -13,6 +13,17 @@ void dense_span(const DenseItem& item, int64_t begin, int64_t end) {
           static_cast<T*>(item.param.data) + begin, states, end - begin);
     return;
   }
+  if constexpr (kMixes<T, Rule>) {
+    const Mixture mixture = item.grad.data ? mixture_of(item.grad.storage, item.param.storage,
+                                                        item.states, Rule::kStates)
+                                           : Mixture::kOther;
+    if (mixture != Mixture::kOther) {
+      const int64_t offsets[kMaxStates] = {begin, begin};
+      const char* const grad = static_cast<const char*>(item.grad.data);
+      return apply_mixture(mixture, rule, grad + begin * storage_size(item.grad.storage),
+                           item.param, begin, item.states, offsets, end - begin);
+    }
+  }
   alignas(kCacheLine) T grad[kBlock];
   const int64_t* no_index[kMaxStates] = {};
   for (int64_t i = begin; i < end; i += kBlock) {

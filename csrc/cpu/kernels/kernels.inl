@@ -3,21 +3,25 @@
 // The leaf kernels, compiled once per instruction set: each <isa>.cpp opens a target region
 // and includes this file in a namespace of its own. Loops are plain; the compiler vectorises them.
 //
-// Tensors whose storage is the arithmetic type are updated in place ("native"); all others go
-// through blocks of kBlock elements in the L1 cache, so that any mixture of storage types costs one
-// conversion loop per type instead of one kernel per combination.
+// Tensors whose storage is the arithmetic type are updated in place ("native"), and the common
+// mixtures with half precision in one pass; all others go through blocks of kBlock elements in the
+// L1 cache, so that any mixture of storage types costs one conversion loop per type instead of one
+// kernel per combination.
 
 namespace {
 
 constexpr int64_t kBlock = 256;
 constexpr int64_t kCacheLine = 64;
+constexpr int kLanes = 16;  // elements that are handled at once
 
 template <typename T>
 constexpr Storage native_storage() {
   return sizeof(T) == 8 ? Storage::kFloat64 : Storage::kFloat32;
 }
 
+#include "cpu/kernels/lanes.inl"
 #include "cpu/kernels/load_store.inl"
+#include "cpu/kernels/mixtures.inl"
 #include "cpu/kernels/look.inl"
 #include "cpu/kernels/dense.inl"
 #include "cpu/kernels/row_sums.inl"

@@ -9,7 +9,9 @@ void load_as(const void* data, int64_t offset, const int64_t* index, int64_t n, 
   if (index) {
     for (int64_t i = 0; i < n; ++i) out[i] = load_element<T>(source[index[i]]);
   } else {
-    for (int64_t i = 0; i < n; ++i) out[i] = load_element<T>(source[i]);
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) load_lanes(source + i, out + i);
+    for (; i < n; ++i) out[i] = load_element<T>(source[i]);
   }
 }
 
@@ -19,7 +21,9 @@ void store_as(void* data, int64_t offset, const int64_t* index, int64_t n, const
   if (index) {
     for (int64_t i = 0; i < n; ++i) store_element<T>(target + index[i], in[i]);
   } else {
-    for (int64_t i = 0; i < n; ++i) store_element<T>(target + i, in[i]);
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) store_lanes(in + i, target + i);
+    for (; i < n; ++i) store_element<T>(target + i, in[i]);
   }
 }
 

@@ -4,8 +4,6 @@
 
 // In double and in a fixed order: lane l adds elements l, l + kLanes, ..., then the lanes are
 // added.
-constexpr int kLanes = 16;
-
 inline double sum_lanes(double* lanes) {
   for (int width = kLanes / 2; width > 0; width /= 2)
     for (int l = 0; l < width; ++l) lanes[l] += lanes[l + width];

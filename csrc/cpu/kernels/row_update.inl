@@ -54,7 +54,15 @@ class RowUpdate {
         params_(*item.rule.params),
         rule_(params_),
         catch_up_(item),
-        careful_(params_.looks() || item.rule.window) {}
+        careful_(params_.looks() || item.rule.window) {
+    if constexpr (!kInPlace && kMixes<T, Rule>) {
+      bool contiguous = !item.param_layout.inner;
+      for (int k = 0; k < Rule::kStates; ++k)
+        contiguous = contiguous && !item.state_layouts[k].inner;
+      if (contiguous)
+        mixture_ = mixture_of(Storage::kFloat32, item.param.storage, item.states, Rule::kStates);
+    }
+  }
 
   // grad_of(column, n) is block [column, column + n) of the row's summed gradient.
   template <typename GradOf>
@@ -129,6 +137,10 @@ class RowUpdate {
             state_offsets[k] = offset(item_.state_layouts[k], at.states[k], c);
             state_indices[k] = index(item_.state_layouts[k], c);
           }
+          if constexpr (kMixes<T, Rule>)
+            if (mixture_ != Mixture::kOther)
+              return apply_mixture(mixture_, whole, grad, item_.param, at.param + c, item_.states,
+                                   state_offsets, n);
           apply_converted(whole, grad, item_.param, offset(item_.param_layout, at.param, c),
                           index(item_.param_layout, c), item_.states, state_offsets, state_indices,
                           n);
@@ -218,4 +230,5 @@ class RowUpdate {
   const Rule rule_;
   const CatchUpTable<T, Rule> catch_up_;
   const bool careful_;
+  Mixture mixture_ = Mixture::kOther;
 };

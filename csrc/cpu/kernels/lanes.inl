@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Part of kernels.inl: kLanes elements at a time from and to any storage type, which the compiler
+// keeps in registers between loading, computing and storing. bfloat16 and float16 are converted by
+// the processor's own instructions where the compiler would not find them; the bits are those of
+// storage.h, but for a NaN's payload. (vcvtneps2bf16 would take subnormal numbers for zero.)
+
+template <typename T, typename S>
+TIGER_EXT_INLINE void load_lanes(const S* in, T* out) {
+  for (int l = 0; l < kLanes; ++l) out[l] = load_element<T>(in[l]);
+}
+template <typename T, typename S>
+TIGER_EXT_INLINE void store_lanes(const T* in, S* out) {
+  for (int l = 0; l < kLanes; ++l) store_element<T>(out + l, in[l]);
+}
+
+#if defined(TIGER_EXT_AVX512)
+
+TIGER_EXT_INLINE void load_lanes(const BFloat16* in, float* out) {
+  const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in));
+  _mm512_storeu_ps(out, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16)));
+}
+
+TIGER_EXT_INLINE void load_lanes(const Float16* in, float* out) {
+  const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in));
+  _mm512_storeu_ps(out, _mm512_cvtph_ps(h));
+}
+
+// A NaN is not rounded, which could make it a number; what arithmetic makes has its quiet bit in
+// the upper half.
+TIGER_EXT_INLINE void store_lanes(const float* in, BFloat16* out) {
+  const __m512 x = _mm512_loadu_ps(in);
+  const __m512i u = _mm512_castps_si512(x);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  const __m512i half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF));
+  const __m512i rounded = _mm512_mask_add_epi32(u, _mm512_cmp_ps_mask(x, x, _CMP_ORD_Q), u, half);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out),
+                      _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+}
+
+TIGER_EXT_INLINE void store_lanes(const float* in, Float16* out) {
+  const __m512 x = _mm512_loadu_ps(in);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out),
+                      _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+#elif defined(TIGER_EXT_AVX2)
+
+TIGER_EXT_INLINE void load_lanes(const BFloat16* in, float* out) {
+  for (int l = 0; l < kLanes; l += 8) {
+    const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + l));
+    const __m256i u = _mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16);
+    _mm256_storeu_ps(out + l, _mm256_castsi256_ps(u));
+  }
+}
+
+TIGER_EXT_INLINE void load_lanes(const Float16* in, float* out) {
+  for (int l = 0; l < kLanes; l += 8) {
+    const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + l));
+    _mm256_storeu_ps(out + l, _mm256_cvtph_ps(h));
+  }
+}
+
+TIGER_EXT_INLINE __m256i rounded_to_bfloat16(__m256 x) {
+  const __m256i u = _mm256_castps_si256(x);
+  const __m256i high = _mm256_srli_epi32(u, 16);
+  const __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
+  const __m256i half = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF));
+  const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(u, half), 16);
+  const __m256i quiet = _mm256_or_si256(high, _mm256_set1_epi32(0x0040));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+  return _mm256_blendv_epi8(rounded, quiet, nan);
+}
+
+TIGER_EXT_INLINE void store_lanes(const float* in, BFloat16* out) {
+  const __m256i low = rounded_to_bfloat16(_mm256_loadu_ps(in));
+  const __m256i high = rounded_to_bfloat16(_mm256_loadu_ps(in + 8));
+  // The packing goes by halves of the vectors.
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out),
+                      _mm256_permute4x64_epi64(_mm256_packus_epi32(low, high), 0xD8));
+}
+
+TIGER_EXT_INLINE void store_lanes(const float* in, Float16* out) {
+  for (int l = 0; l < kLanes; l += 8) {
+    const __m256 x = _mm256_loadu_ps(in + l);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + l),
+                     _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+}
+
+#endif
+
+// n < kLanes elements.
+template <typename T, typename S>
+TIGER_EXT_INLINE void load_some(const S* in, int64_t n, T* out) {
+  S all[kLanes] = {};
+  memcpy(all, in, static_cast<size_t>(n) * sizeof(S));
+  load_lanes(all, out);
+}
+template <typename T, typename S>
+TIGER_EXT_INLINE void store_some(const T* in, int64_t n, S* out) {
+  S all[kLanes];
+  store_lanes(in, all);
+  memcpy(out, all, static_cast<size_t>(n) * sizeof(S));
+}

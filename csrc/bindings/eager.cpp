@@ -7,6 +7,7 @@
 
 #include <ATen/Functions.h>
 #include <ATen/SparseTensorImpl.h>
+#include <torch/csrc/Dtype.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <pybind11/stl.h>
@@ -98,8 +99,9 @@ class Options {
 };
 
 // A group's options for one step, but for the learning rate, by the rule of `family` that fits.
+// `first` is the number of its first parameter in the optimizer.
 RuleParams make_rule(const std::string& family, const py::dict& group, double direction_scale,
-                     int32_t window, int64_t micro_steps, bool adds) {
+                     int32_t window, int64_t micro_steps, bool adds, int64_t first) {
   const Options options(group);
   RuleParams r;
   const py::handle betas = options.get("betas");
@@ -124,8 +126,37 @@ RuleParams make_rule(const std::string& family, const py::dict& group, double di
   r.decays = adds;
   r.moves = window == 0 || !adds;
   r.lazy = Options::choice<Lazy>("lazy", options.get("lazy"), {"frozen", "decay", "exact"});
+  enum class SecondMoment { kElement, kRow } second_moment = SecondMoment::kElement;
+  options.choice("second_moment", {"element", "row"}, second_moment);
+  r.row_moment = second_moment == SecondMoment::kRow;
+  options.number("stochastic_rounding", r.rounds);
+  if (PyObject* dtype = options.find("momentum_dtype"); dtype && THPDtype_Check(dtype))
+    r.quantises = reinterpret_cast<THPDtype*>(dtype)->scalar_type == at::kChar;
+  options.number("rounding_seed", r.seed);
+  r.first = first;
   r.kind = kind_for(family, r);
   return r;
+}
+
+// A group's rule for a parameter without rows, which has no moment of rows.
+RuleParams without_rows(const RuleParams& group) {
+  RuleParams r = group;
+  if (!r.row_moment) return r;
+  r.row_moment = false;
+  r.kind = kind_for(rule_info(r.kind).family, r);
+  return r;
+}
+
+bool is_half(const at::Tensor& t) {
+  return t.scalar_type() == at::kBFloat16 || t.scalar_type() == at::kHalf;
+}
+
+// Whether a scale or moment has numbers for the rows that an update goes by: `row_dims` dimensions
+// make a row, any number of them if it is -1.
+bool has_rows(const Update& u, const at::Tensor& t, int64_t row_dims) {
+  return row_dims < 0 ? t.dim() > 0
+                      : t.dim() == row_dims && t.dim() <= u.param.dim() &&
+                            t.sizes() == u.param.sizes().slice(0, row_dims);
 }
 
 // Brings rows of the table at `position` of its group up to date: those of `ids`, or [begin, end).
@@ -134,19 +165,25 @@ RuleParams make_rule(const std::string& family, const py::dict& group, double di
 bool catch_up(const at::Tensor& param, const std::vector<at::Tensor>& states,
               const at::Tensor& last_step, const RuleParams& rule, GroupHistory& history,
               int64_t position, const std::optional<at::Tensor>& ids, int64_t begin, int64_t end,
-              const std::optional<int32_t>& until) {
+              const std::optional<int32_t>& until, const std::optional<at::Tensor>& scale) {
   const CatchUpFunction function = catch_up_function(param.device().type());
+  const bool compact =
+      scale || (rule.row_moment && param.dim() >= 2) || (rule.rounds && is_half(param));
   if (!function || !history.has(param.device()) || !is_plain(param) ||
       param.layout() != at::kStrided || !is_storage_type(param.scalar_type()) ||
-      (until && history_copy_factory(param.device().type())))
+      (compact && !param.is_cpu()) || (until && history_copy_factory(param.device().type())))
     return false;
-  const RuleInfo& names = rule_info(rule.kind);
-  if (states.size() != static_cast<size_t>(names.states))
-    throw py::value_error("catch_up: expected " + std::to_string(names.states) + " states");
   Update u;
   u.param = param;
   u.last_step = last_step;
-  u.rule = rule;
+  u.rule = param.dim() < 2 ? without_rows(rule) : rule;
+  u.position = static_cast<int>(position);
+  const RuleInfo& names = rule_info(u.rule.kind);
+  const size_t count = static_cast<size_t>(names.states) + (names.row_state_name ? 1 : 0);
+  if (states.size() != count)
+    throw py::value_error("catch_up: expected " + std::to_string(count) + " states");
+  if (names.row_state_name) u.row_moment = states.back();
+  if (scale) u.scale = *scale;
   history.use(u.rule, param.device());
   if (until) GroupHistory::use_until(u.rule, *until);
   for (int k = 0; k < names.states; ++k) u.states[k] = states[k];
@@ -181,9 +218,7 @@ class Step {
                       const RuleParams& group_rule, const py::object& lr, const py::dict& rows,
                       const std::shared_ptr<GroupHistory>& history,
                       const std::optional<std::vector<int64_t>>& positions) {
-    const RuleInfo& names = rule_info(group_rule.kind);
-    PyObject* keys[kMaxStates] = {};
-    for (int k = 0; k < names.states; ++k) keys[k] = interned(names.state_names[k]);
+    PyObject* const scale_key = interned("exp_avg_scale");
     PyObject* const step_key = interned("step");
     PyObject* const window_key = interned("window");
     PyObject* const last_step_key = interned("last_step");
@@ -193,6 +228,7 @@ class Step {
     RuleParams rule = group_rule;
     if (THPVariable_Check(lr.ptr())) u.lr = tensor(lr);
     else rule.lr = lr.cast<double>();
+    const Form by_rows_form(rule, false), flat_form(rule, true);
     u.group = group;
     if (history) {
       histories_.insert(history);
@@ -236,17 +272,27 @@ class Step {
       }
       DeviceStep* device = device_step(u.param.device().type());
       const bool sparse = rule.adds && u.grad.layout() == at::kSparse;
+      const bool rounds = rule.rounds && is_half(u.param);
+      const bool compact = rounds || rule.quantises || (rule.row_moment && u.param.dim() >= 2);
       if (!device || !is_plain(u.param) || u.param.layout() != at::kStrided ||
-          !is_storage_type(u.param.scalar_type()) ||
+          !is_storage_type(u.param.scalar_type()) || (compact && !device->takes_compact_state()) ||
           (rule.adds && (!is_plain(u.grad) || !(sparse || u.grad.layout() == at::kStrided)))) {
         not_native.append(i);
         continue;
       }
 
       u.position = static_cast<int>(i);
+      const Form& form = u.param.dim() < 2 ? flat_form : by_rows_form;
       bool complete = own && PyDict_Check(own);
-      for (int k = 0; k < names.states && complete; ++k) complete = read(own, keys[k], u.states[k]);
-      if (names.counts_steps && complete) complete = read(own, step_key, u.step);
+      for (int k = 0; k < form.states && complete; ++k)
+        complete = read(own, form.keys[k], u.states[k]);
+      u.row_moment.reset();
+      u.scale.reset();
+      if (form.row_key && complete) complete = read(own, form.row_key, u.row_moment);
+      if (complete && form.states > 0 && u.states[0].scalar_type() == at::kChar)
+        complete = read(own, scale_key, u.scale);
+      if ((form.counts_steps || rounds || u.scale.defined()) && complete)
+        complete = read(own, step_key, u.step);
       if (rule.window && complete) complete = read(own, window_key, u.window);
       if (lazy && complete)
         complete = read(own, last_step_key, u.last_step) && history->has(u.param.device());
@@ -266,17 +312,27 @@ class Step {
                    : by_rows                                  ? dims == 1
                                                               : dims > 0 || u.param.dim() < 2;
       }
+      if (complete && (u.row_moment.defined() || u.scale.defined())) {
+        const int64_t dims = sparse                                     ? u.grad.sparse_dim()
+                             : u.window.defined() && u.window.dim() > 0 ? u.window.dim()
+                             : by_rows || (rule.scale == Scale::kRows && u.param.dim() > 0) ? 1
+                             : lazy && u.last_step.dim() > 0 ? u.last_step.dim()
+                                                             : -1;
+        if (u.row_moment.defined()) complete = has_rows(u, u.row_moment, dims);
+        if (u.scale.defined()) complete = complete && has_rows(u, u.scale, dims);
+      }
       if (!complete) {
         without_state.append(i);
         continue;
       }
 
-      u.rule = rule;
+      u.rule = form.rule;
       if (lazy) history->use(u.rule, u.param.device());
       if (!by_rows || sparse) u.rule.touched = Touched::kAll;
       if (!rule.moves) u.rule.scale = Scale::kNone;
       else if (rule.scale == Scale::kTensor &&
-               (sparse || by_rows || (u.window.defined() && u.window.dim() > 0)))
+               (sparse || by_rows || (u.window.defined() && u.window.dim() > 0) ||
+                has_row_scales(u)))
         u.rule.scale = Scale::kRows;
       if (sparse) {
         if (u.grad.device() != u.param.device() || u.grad.sizes() != u.param.sizes())
@@ -411,6 +467,23 @@ class Step {
     refuse(u, "the gradient has shape ", grad.sizes(), " on device ", grad.device(),
            ", the parameter has shape ", u.param.sizes(), " on device ", u.param.device());
   }
+
+  // The rule of a group's parameters, of those with rows or of flat ones, and what their state has.
+  struct Form {
+    Form(const RuleParams& group, bool flat) : rule(flat ? without_rows(group) : group) {
+      const RuleInfo& info = rule_info(rule.kind);
+      states = info.states;
+      counts_steps = info.counts_steps;
+      for (int k = 0; k < states; ++k) keys[k] = interned(info.state_names[k]);
+      if (info.row_state_name) row_key = interned(info.row_state_name);
+    }
+
+    RuleParams rule;
+    int states = 0;
+    bool counts_steps = false;
+    PyObject* keys[kMaxStates] = {};
+    PyObject* row_key = nullptr;
+  };
 
   struct Written {  // or looked at
     std::shared_ptr<GroupHistory> history;

@@ -11,6 +11,11 @@ namespace tiger_ext {
 namespace {
 
 constexpr int64_t kElementsPerTask = 32768;
+static_assert(kElementsPerTask % kRoundingBlock == 0);
+
+int64_t next_block(int64_t element) {
+  return (element + kRoundingBlock - 1) / kRoundingBlock * kRoundingBlock;
+}
 
 }  // namespace
 
@@ -72,8 +77,12 @@ void DenseRoad::run() {
     size_t k = std::upper_bound(starts_.begin(), starts_.end(), begin) - starts_.begin() - 1;
     for (; k < starts_.size() && starts_[k] < end; ++k) {
       const DenseItem& item = (*items_)[k];
-      const int64_t first = std::max(begin - starts_[k], int64_t{0});
-      const int64_t last = std::min(end - starts_[k], item.numel);
+      int64_t first = std::max(begin - starts_[k], int64_t{0});
+      int64_t last = std::min(end - starts_[k], item.numel);
+      if (item.has_blocks()) {
+        first = next_block(first);
+        last = std::min(next_block(last), item.numel);
+      }
       if (first < last) kernels.dense(item, first, last);
     }
   });

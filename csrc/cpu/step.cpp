@@ -63,6 +63,8 @@ class CpuStep final : public DeviceStep {
                        [&](int32_t l) { return current_up_to(l) < u.rule.current; });
   }
 
+  bool takes_compact_state() const override { return true; }
+
   std::optional<bool> cancelled() const override { return cancelled_; }
 
   // Histories that the CPU reads belong to the host.
@@ -80,6 +82,9 @@ class CpuStep final : public DeviceStep {
     const at::NoGradGuard no_grad;
     const FloatMode mode;
     builder_.start();
+    begin_rounding(builder_.dense());
+    begin_rounding(builder_.direct());
+    begin_rounding(builder_.rows());
     // A parameter that no gradient of the window reached does not move.
     for (DenseItem& item : builder_.dense())
       if (!item.rule.params->adds && *item.rule.window != item.rule.params->window) {
@@ -104,6 +109,16 @@ class CpuStep final : public DeviceStep {
  private:
   static void advance(const RuleUse& rule) {
     if (rule.step) ++*rule.step;
+  }
+
+  // Only now is it known how many steps a parameter has taken: another pass of the same step may
+  // have come before.
+  template <typename Item>
+  static void begin_rounding(std::vector<Item>& items) {
+    for (Item& item : items) {
+      RuleUse& rule = item.rule;
+      if (rule.rounding.momentum || rule.rounding.param) rule.rounding.begin(rule.params->current);
+    }
   }
 
   static void check_finite(int64_t bad_item, const std::vector<UpdatePlace>& places) {
@@ -143,7 +158,8 @@ void catch_up(Update& u, const at::Tensor& ids, int64_t begin, int64_t end) {
   check_table(u, ids, begin, end);
   ItemBuilder builder;
   builder.add_table(u);
-  const RowsItem& item = builder.direct().front();
+  RowsItem& item = builder.direct().front();
+  item.rule.rounding.begin(item.rule.params->current);
   at::Tensor list;
   const int64_t* rows = nullptr;
   if (ids.defined()) {

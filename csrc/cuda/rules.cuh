@@ -40,8 +40,8 @@ __device__ __forceinline__ bool step_cancelled(const float* found_inf) {
 // Every pair of arithmetic type and rule: calls f.template operator()<T, Rule>().
 template <typename F>
 void for_each_type_and_rule(const F& f) {
-  for_each_stateful_rule<float>(f);
-  for_each_stateful_rule<double>(f);
+  for_each_elementwise_rule<float>(f);
+  for_each_elementwise_rule<double>(f);
 }
 
 // Whether a parameter is one for this pair.

@@ -174,14 +174,14 @@ TIGER_EXT_INLINE Missed missed(const SkippedSteps& s, bool both) {
 }
 
 // What that does to each element of a row. `floors` is of each state (storage.h).
-template <typename T, int kStates>
+template <typename T, int kCount>
 TIGER_EXT_INLINE CatchUp<T> catch_up_with(const Missed& m, const T* floors) {
   CatchUp<T> c;
   c.decay = static_cast<T>(m.decay);
   c.drift = static_cast<T>(m.drift);
-  for (int k = 0; k < kStates; ++k) {
+  for (int k = 0; k < kCount; ++k) {
     // State k decays by beta1 or beta2, in the order of the states; an only one by the last beta.
-    const double factor = kStates == 2 && k == 0 ? m.beta1 : m.beta2;
+    const double factor = kCount == 2 && k == 0 ? m.beta1 : m.beta2;
     c.factor[k] = static_cast<T>(factor);
     if (factor == 0.0) continue;
     const T least = static_cast<T>(sizeof(T) == 8 ? 0x1p-1022 : 0x1p-126);

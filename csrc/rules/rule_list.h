@@ -17,7 +17,8 @@ template <template <typename> class... Rules>
 struct RuleList {};
 
 // Of one family, the first that fits a step's parameters is taken.
-using AllRules = RuleList<SignMomentum, Momentum, AdamW, AdamWWithoutMoment1, Shrink>;
+using AllRules = RuleList<SignMomentum, Momentum, AdamW, AdamWWithoutMoment1, AdamWByRow,
+                          AdamWByRowWithoutMoment1, Shrink>;
 
 // A rule's place in the list.
 template <typename Rule, template <typename> class... Rules>
@@ -46,24 +47,26 @@ TIGER_EXT_INLINE void with_rule(RuleKind kind, const F& f) {
   with_rule_in<T>(AllRules(), kind, f);
 }
 
-// Calls f.template operator()<T, Rule>() for every rule that has state.
+// Calls f.template operator()<T, Rule>() for every rule of groups all of whose states have the
+// parameter's shape.
 template <typename T, typename F, template <typename> class... Rules>
-void for_each_stateful_rule_in(RuleList<Rules...>, const F& f) {
+void for_each_elementwise_rule_in(RuleList<Rules...>, const F& f) {
   const auto call = [&]<typename Rule>() {
-    if constexpr (Rule::kStates > 0) f.template operator()<T, Rule>();
+    if constexpr (kIsOfGroups<Rule> && !kHasRowMoment<Rule>) f.template operator()<T, Rule>();
   };
   (call.template operator()<Rules<T>>(), ...);
 }
 template <typename T, typename F>
-void for_each_stateful_rule(const F& f) {
-  for_each_stateful_rule_in<T>(AllRules(), f);
+void for_each_elementwise_rule(const F& f) {
+  for_each_elementwise_rule_in<T>(AllRules(), f);
 }
 
 // What those know of a rule that have its kind alone.
 struct RuleInfo {
   const char* family = nullptr;  // null: it is no rule of a parameter group
-  int states = 0;
+  int states = 0;                // of the parameter's shape
   const char* state_names[kMaxStates] = {};
+  const char* row_state_name = nullptr;  // null: no state has one number a row
   bool counts_steps = false;
   bool has_eps = false;
   bool directed = false;
@@ -75,7 +78,7 @@ template <typename Rule>
 constexpr RuleInfo info_of() {
   RuleInfo info;
   info.states = Rule::kStates;
-  if constexpr (Rule::kStates > 0) {
+  if constexpr (kIsOfGroups<Rule>) {
     using General = typename Rule::General;
     static_assert(std::is_same_v<General, typename General::General>);
     static_assert(Rule::kStates == General::kStates && Rule::kFamily == General::kFamily &&
@@ -83,6 +86,7 @@ constexpr RuleInfo info_of() {
                   "a rule that derives from another one must say what its General is");
     info.family = Rule::kFamily;
     for (int k = 0; k < Rule::kStates; ++k) info.state_names[k] = Rule::kStateNames[k];
+    if constexpr (kHasRowMoment<Rule>) info.row_state_name = Rule::kRowStateName;
     info.counts_steps = Rule::kCountsSteps;
     info.has_eps = Rule::kHasEps;
     info.directed = Rule::kDirected;

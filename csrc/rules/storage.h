@@ -13,10 +13,10 @@
 
 namespace tiger_ext {
 
-enum class Storage : int8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
+enum class Storage : int8_t { kFloat32, kFloat64, kBFloat16, kFloat16, kInt8 };
 
 constexpr int64_t storage_size(Storage s) {
-  return s == Storage::kFloat64 ? 8 : s == Storage::kFloat32 ? 4 : 2;
+  return s == Storage::kFloat64 ? 8 : s == Storage::kFloat32 ? 4 : s == Storage::kInt8 ? 1 : 2;
 }
 
 struct BFloat16 {
@@ -95,6 +95,12 @@ TIGER_EXT_INLINE T load_element(BFloat16 x) {
 template <typename T>
 TIGER_EXT_INLINE T load_element(Float16 x) {
   return static_cast<T>(widen(x));
+}
+
+// Without its scale.
+template <typename T>
+TIGER_EXT_INLINE T load_element(int8_t x) {
+  return static_cast<T>(x);
 }
 
 template <typename T>

@@ -15,6 +15,7 @@
 //                           each for the parameters that fit it
 //     kDirected             whether it is one of Momentum, with `update` for its call operator
 //     General               the form that the rarer kernels use in its place
+//     kRowMoment            if it is there: its last state has one number a row, see AdamWByRow
 #pragma once
 
 #include <cmath>
@@ -98,6 +99,12 @@ struct RuleParams {
   bool decays = true;      // the momentum decays, once per window
   bool adds = true;        // there is a gradient
   bool moves = true;       // the parameter moves, once per window
+
+  bool row_moment = false;  // the second moment has one number a row
+  bool quantises = false;   // the momentum is stored in int8
+  bool rounds = false;      // parameters in half precision are rounded stochastically
+  uint64_t seed = 0;        // of what is rounded stochastically
+  int64_t first = 0;        // the number of the group's first parameter in the optimizer
 
   Lazy lazy = Lazy::kFrozen;
   int32_t current = 0;   // in a lazy mode: the step up to which a row is brought before its update
@@ -284,7 +291,7 @@ struct AdamW {
   static constexpr const char* kStateNames[] = {"exp_avg", "exp_avg_sq"};
   static constexpr bool kCountsSteps = true, kHasEps = true, kDirected = false;
   using General = AdamW;
-  static constexpr bool fits(const RuleParams& r) { return r.beta1 != 0.0; }
+  static constexpr bool fits(const RuleParams& r) { return r.beta1 != 0.0 && !r.row_moment; }
   T grad_factor, decay, step_size, beta1, beta2, one_minus_beta1, one_minus_beta2;
   T sqrt_bias_correction2, eps;
 
@@ -328,7 +335,7 @@ struct AdamWWithoutMoment1 : AdamW<T> {
   static constexpr int kStates = 1;
   static constexpr const char* kStateNames[] = {"exp_avg_sq"};
   using General = AdamWWithoutMoment1;
-  static constexpr bool fits(const RuleParams&) { return true; }
+  static constexpr bool fits(const RuleParams& r) { return !r.row_moment; }
 
   AdamWWithoutMoment1() = default;
   TIGER_EXT_INLINE explicit AdamWWithoutMoment1(const RuleParams& r) : AdamW<T>(r) {}
@@ -338,6 +345,64 @@ struct AdamWWithoutMoment1 : AdamW<T> {
     AdamW<T>::operator()(grad, p, m, v);
   }
 };
+
+// AdamW whose second moment is one number for each row, v = beta2 v + (1 - beta2) mean(g^2): all
+// elements of the row are divided by the same. `set_moment` comes before the row's elements.
+template <typename T>
+struct AdamWByRow : AdamW<T> {
+  static constexpr bool kRowMoment = true;
+  static constexpr int kStates = 1;  // of the parameter's shape
+  static constexpr const char* kStateNames[] = {"exp_avg"};
+  static constexpr const char* kRowStateName = "exp_avg_sq";
+  using General = AdamWByRow;
+  static constexpr bool fits(const RuleParams& r) { return r.beta1 != 0.0; }
+  T denominator = T(1);
+
+  AdamWByRow() = default;
+  TIGER_EXT_INLINE explicit AdamWByRow(const RuleParams& r) : AdamW<T>(r) {}
+
+  // From the mean of the squared gradients, sign and AMP's scale included.
+  TIGER_EXT_INLINE T next_moment(T v, double mean) const {
+    return this->beta2 * v + this->one_minus_beta2 * static_cast<T>(mean);
+  }
+  TIGER_EXT_INLINE void set_moment(T v) {
+    denominator = std::sqrt(v) / this->sqrt_bias_correction2 + this->eps;
+  }
+
+  TIGER_EXT_INLINE void operator()(T grad, T& p, T& m) const {
+    const T g = this->grad_factor * grad;
+    m = this->beta1 * m + this->one_minus_beta1 * g;
+    p = this->decay * p - this->step_size * (m / denominator);
+  }
+};
+
+// The same with beta1 == 0: nothing but that number is stored.
+template <typename T>
+struct AdamWByRowWithoutMoment1 : AdamWByRow<T> {
+  static constexpr int kStates = 0;
+  using General = AdamWByRowWithoutMoment1;
+  static constexpr bool fits(const RuleParams&) { return true; }
+
+  AdamWByRowWithoutMoment1() = default;
+  TIGER_EXT_INLINE explicit AdamWByRowWithoutMoment1(const RuleParams& r) : AdamWByRow<T>(r) {}
+
+  TIGER_EXT_INLINE void operator()(T grad, T& p) const {
+    const T g = this->grad_factor * grad;
+    p = this->decay * p - this->step_size * (g / this->denominator);
+  }
+};
+
+// Whether a rule is one of parameter groups: the others are what a verdict does to a parameter.
+template <typename Rule>
+constexpr bool kIsOfGroups = requires { Rule::kFamily; };
+
+// Whether one of its states has one number a row.
+template <typename Rule>
+constexpr bool kHasRowMoment = requires { Rule::kRowMoment; };
+
+// How many states decay: those of the parameter's shape, and that of its rows.
+template <typename Rule>
+constexpr int kMoments = Rule::kStates + (kHasRowMoment<Rule> ? 1 : 0);
 
 // A row's state `last_step`: the step up to which it is current; -1 minus that if no gradient has
 // ever touched it.
@@ -370,6 +435,7 @@ struct CatchUp {
 // No update: what remains is the catch-up alone.
 template <typename T, int kStateCount>
 struct NoUpdate {
+  static constexpr bool kOnlyCatchesUp = true;
   static constexpr int kStates = kStateCount;
   static constexpr bool kDirected = false;
   template <typename... States>
@@ -384,6 +450,10 @@ struct AfterCatchUp : Rule {
   TIGER_EXT_INLINE AfterCatchUp(const Rule& rule, const CatchUp<T>& catch_up)
       : Rule(rule), catch_up(catch_up) {}
 
+  TIGER_EXT_INLINE void operator()(T grad, T& p) const {
+    catch_up.template param<false>(p, T(0));
+    Rule::operator()(grad, p);
+  }
   TIGER_EXT_INLINE void operator()(T grad, T& p, T& m) const {
     catch_up.template param<kDrifts>(p, m);
     catch_up.template state<0>(m);

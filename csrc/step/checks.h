@@ -9,6 +9,7 @@
 #include <c10/util/StringUtil.h>
 
 #include "rules/rule_list.h"
+#include "rules/rounding.h"
 #include "rules/storage.h"
 #include "step/step.h"
 
@@ -71,12 +72,17 @@ inline void check_memory(const Update& u, const at::Tensor& t, const char* what)
            t.storage().nbytes(), " bytes of memory");
 }
 
+// Whether a state is contiguous numbers of this type beside the parameter.
+inline bool is_list(const Update& u, const at::Tensor& t, at::ScalarType type) {
+  return t.layout() == at::kStrided && is_plain(t) && t.scalar_type() == type &&
+         t.is_contiguous() && t.device() == u.param.device() && holds_its_elements(t);
+}
+
 // Whether a state is one with a number for each row, of any first dimensions, or one for the whole
 // parameter.
-inline bool is_row_state(const Update& u, const at::Tensor& t) {
-  return t.layout() == at::kStrided && is_plain(t) && t.scalar_type() == at::kInt &&
-         t.is_contiguous() && t.device() == u.param.device() && t.dim() <= u.param.dim() &&
-         t.sizes() == u.param.sizes().slice(0, t.dim()) && holds_its_elements(t);
+inline bool is_row_state(const Update& u, const at::Tensor& t, at::ScalarType type = at::kInt) {
+  return is_list(u, t, type) && t.dim() <= u.param.dim() &&
+         t.sizes() == u.param.sizes().slice(0, t.dim());
 }
 
 inline void check_row_state(const Update& u, const at::Tensor& t, const char* name) {
@@ -94,6 +100,25 @@ inline void check_rows_of_state(const Update& u, const at::Tensor& t, const char
            u.param.sizes().slice(0, row_dims));
 }
 
+// The type of state k; int8 has scales.
+inline Storage state_storage(const Update& u, int k) {
+  const bool scaled = k == 0 && u.scale.defined();
+  if (scaled && u.states[k].scalar_type() == at::kChar) return Storage::kInt8;
+  if (scaled) refuse(u, "the state has scales, but is ", u.states[k].scalar_type());
+  return storage_of(u, u.states[k], "the state");
+}
+
+inline void check_scale(const Update& u) {
+  if (!u.scale.defined()) return;
+  const int64_t blocks = (u.param.numel() + kRoundingBlock - 1) / kRoundingBlock;
+  const int64_t by_block[] = {blocks, 1};
+  if (!is_list(u, u.scale, at::kFloat) ||
+      !(has_row_scales(u) || u.scale.sizes() == at::IntArrayRef(by_block)))
+    refuse(u, "the scales of the momentum must be a contiguous float32 tensor on ",
+           u.param.device(), ", one a row or [", blocks, ", 1], got ", u.scale.scalar_type(), " ",
+           u.scale.sizes(), " on ", u.scale.device());
+}
+
 inline void check_states(const Update& u) {
   const at::Tensor& param = u.param;
   check_memory(u, param, "the parameter");
@@ -106,15 +131,22 @@ inline void check_states(const Update& u) {
   for (int k = 0; k < rule.states; ++k) {
     const at::Tensor& state = u.states[k];
     check_memory(u, state, rule.state_names[k]);
-    storage_of(u, state, rule.state_names[k]);
+    state_storage(u, k);
     if (state.sizes() != param.sizes())
       refuse(u, "the state ", rule.state_names[k], " has shape ", state.sizes(),
              ", the parameter has shape ", param.sizes());
     if (at::has_internal_overlap(state) == at::MemOverlap::Yes)
       refuse(u, "the state ", rule.state_names[k], " has several elements in the same memory");
   }
+  check_scale(u);
+  if (rule.row_state_name) {
+    const auto type = param.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+    if (!(u.row_moment.defined() && u.row_moment.dim() > 0 && is_row_state(u, u.row_moment, type)))
+      refuse(u, "the state ", rule.row_state_name, " must be a contiguous ", type, " tensor on ",
+             param.device(), " of the parameter's first dimensions, one number a row");
+  }
   const bool steps = u.grad.defined() || u.indices.defined();
-  if (rule.counts_steps && steps &&
+  if ((rule.counts_steps || u.rounds()) && steps &&
       !(u.step.defined() && u.step.scalar_type() == at::kLong && u.step.numel() == 1 &&
         u.step.device() == param.device() && u.step.layout() == at::kStrided && is_plain(u.step) &&
         holds_its_elements(u.step)))
@@ -182,6 +214,8 @@ inline void check_update(const Update& u) {
   if (rule.touched != Touched::kAll && u.grad.defined()) dims = 1;
   check_rows_of_state(u, u.window, "window", dims);
   check_rows_of_state(u, u.last_step, "last_step", dims);
+  check_rows_of_state(u, u.row_moment, "of the second moment", dims);
+  check_rows_of_state(u, u.scale, "of the momentum's scales", dims);
 }
 
 // A table of which rows [begin, end), or those of `ids`, are to be brought up to date.

@@ -23,12 +23,15 @@ void ItemBuilder::add(const Update& u, const double* lr, int64_t* step) {
   if (u.step.defined()) written_.push_back(u.step);
   if (u.window.defined()) written_.push_back(u.window);
   if (u.last_step.defined()) written_.push_back(u.last_step);
+  if (u.scale.defined()) written_.push_back(u.scale);
+  if (u.row_moment.defined()) written_.push_back(u.row_moment);
   const RuleUse rule{shared_rule(u.rule),
                      lr,
                      step,
                      u.window.defined() ? u.window.mutable_data_ptr<int32_t>() : nullptr,
                      u.last_step.defined() ? u.last_step.mutable_data_ptr<int32_t>() : nullptr,
-                     u.last_step.defined() ? u.last_step.numel() : 0};
+                     u.last_step.defined() ? u.last_step.numel() : 0,
+                     rounding_of(u)};
   if ((u.indices.defined() ? u.indices.size(1) : u.param.numel()) == 0) idle_.push_back(rule);
   else if (u.indices.defined()) add_rows(u, rule);
   else if (goes_by_rows(u)) add_direct(u, rule);
@@ -48,8 +51,7 @@ void ItemBuilder::finish() const {
 // A tensor that the kernels write, in the element order of `order`: itself, or a copy that is
 // written back at the end.
 Stream ItemBuilder::writable(const Update& u, const at::Tensor& t, const at::Tensor& order,
-                             const char* what) {
-  const Storage storage = storage_of(u, t, what);
+                             Storage storage) {
   if (t.is_same(order) || same_order(t.sizes(), t.strides(), order.strides()))
     return {t.mutable_data_ptr(), storage};
   const at::Tensor copy = at::empty_strided(t.sizes(), order.strides(), t.options());
@@ -67,9 +69,10 @@ void ItemBuilder::add_dense(const Update& u, RuleUse rule) {
   DenseItem item;
   item.rule = rule;
   item.numel = u.param.numel();
-  item.param = writable(u, u.param, order, "the parameter");
+  item.param = writable(u, u.param, order, storage_of(u, u.param, "the parameter"));
   for (int k = 0; k < rule_info(u.rule.kind).states; ++k)
-    item.states[k] = writable(u, u.states[k], order, "the state");
+    item.states[k] = writable(u, u.states[k], order, state_storage(u, k));
+  if (u.scale.defined()) item.scales = u.scale.mutable_data_ptr<float>();
   if (u.grad.defined()) {
     at::Tensor grad = u.grad;
     if (!same_order(grad.sizes(), grad.strides(), order.strides()))
@@ -92,9 +95,11 @@ RowsItem ItemBuilder::rows_item(const Update& u, RuleUse rule, int64_t sparse_di
   item.param = {u.param.mutable_data_ptr(), storage_of(u, u.param, "the parameter")};
   item.param_layout = row_layout(u.param, sparse_dim);
   for (int k = 0; k < rule_info(u.rule.kind).states; ++k) {
-    item.states[k] = {u.states[k].mutable_data_ptr(), storage_of(u, u.states[k], "the state")};
+    item.states[k] = {u.states[k].mutable_data_ptr(), state_storage(u, k)};
     item.state_layouts[k] = row_layout(u.states[k], sparse_dim);
   }
+  if (u.scale.defined()) item.scales = u.scale.mutable_data_ptr<float>();
+  if (u.row_moment.defined()) item.row_moment = u.row_moment.mutable_data_ptr();
   return item;
 }
 
@@ -124,12 +129,15 @@ void ItemBuilder::add_rows(const Update& u, RuleUse rule) {
 
 void ItemBuilder::add_table(const Update& u) {
   const RuleUse rule{
-      shared_rule(u.rule), nullptr, nullptr, nullptr, u.last_step.mutable_data_ptr<int32_t>(),
-      u.last_step.numel()};
+      shared_rule(u.rule), nullptr,       nullptr, nullptr, u.last_step.mutable_data_ptr<int32_t>(),
+      u.last_step.numel(), rounding_of(u)};
   for (int k = 0; k < rule_info(u.rule.kind).states; ++k) written_.push_back(u.states[k]);
   written_.push_back(u.param);
   written_.push_back(u.last_step);
+  if (u.scale.defined()) written_.push_back(u.scale);
+  if (u.row_moment.defined()) written_.push_back(u.row_moment);
   RowsItem item = rows_item(u, rule, u.last_step.dim());
+  if (u.scale.defined() && !has_row_scales(u)) item.block_scales = u.scale.numel();
   item.direct = true;
   item.entries = item.rows;
   direct_.push_back(item);
@@ -155,6 +163,16 @@ void ItemBuilder::add_direct(const Update& u, RuleUse rule) {
   }
   direct_.push_back(item);
   direct_places_.push_back({u.group, u.position});
+}
+
+Rounding ItemBuilder::rounding_of(const Update& u) {
+  Rounding rounding;
+  rounding.momentum = u.scale.defined();
+  rounding.param = u.rule.rounds && u.rounds() && u.param.element_size() == 2;
+  rounding.seed = u.rule.seed;
+  rounding.position = u.rule.first + u.position;
+  if (u.step.defined()) rounding.steps = u.step.const_data_ptr<int64_t>();
+  return rounding;
 }
 
 // Most parameters of a group share one rule.

@@ -42,7 +42,8 @@ class ItemBuilder {
   const std::vector<UpdatePlace>& direct_places() const { return direct_places_; }
 
  private:
-  Stream writable(const Update& u, const at::Tensor& t, const at::Tensor& order, const char* what);
+  Stream writable(const Update& u, const at::Tensor& t, const at::Tensor& order, Storage storage);
+  static Rounding rounding_of(const Update& u);
   void add_dense(const Update& u, RuleUse rule);
   void add_rows(const Update& u, RuleUse rule);
   void add_direct(const Update& u, RuleUse rule);

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "rules/rounding.h"
 #include "rules/storage.h"
 #include "rules/update_rules.h"
 
@@ -20,6 +21,24 @@ struct Stream {
   Storage storage = Storage::kFloat32;
 };
 
+// The keys of one parameter's stochastic rounding, once the number of its step is known.
+struct Rounding {
+  bool momentum = false;  // stored in int8
+  bool param = false;
+  uint64_t seed = 0;
+  int64_t position = 0;
+  const int64_t* steps = nullptr;  // that the parameter has taken; null: it only catches up
+  uint64_t momentum_key = 0, param_key = 0, caught_up_key = 0;
+
+  // `current`: the step up to which a row is brought that only catches up.
+  void begin(int64_t current) {
+    const int64_t step = steps ? *steps + 1 : 0;
+    param_key = rounding_key(seed, RoundedStream::kParam, step, position);
+    momentum_key = rounding_key(seed, RoundedStream::kMomentum, step, position);
+    caught_up_key = rounding_key(seed, RoundedStream::kParamCaughtUp, current, position);
+  }
+};
+
 // How an item is updated: the constants, and what of them only the device knows.
 struct RuleUse {
   const RuleParams* params = nullptr;
@@ -30,6 +49,7 @@ struct RuleUse {
   // If set, in a lazy mode: the clock of the tensor (last_steps == 1) or of each of its rows.
   int32_t* last_step = nullptr;
   int64_t last_steps = 0;
+  Rounding rounding;
 };
 
 // One parameter with a strided gradient. All streams share one element order.
@@ -38,7 +58,11 @@ struct DenseItem {
   Stream param;
   Stream grad;
   Stream states[kMaxStates];
+  float* scales = nullptr;  // of states[0] in int8: one for each kRoundingBlock elements
   int64_t numel = 0;
+
+  // Whether its blocks must not be cut.
+  bool has_blocks() const { return rule.rounding.momentum || rule.rounding.param; }
 };
 
 // Where the vector of row r lies, in elements from the start of the tensor, and its element c.
@@ -77,6 +101,9 @@ struct RowsItem {
   Stream values;  // entry e starts at e * value_stride, contiguous from there
   RowLayout param_layout;
   RowLayout state_layouts[kMaxStates];
+  float* scales = nullptr;   // of states[0] in int8: one a row
+  int64_t block_scales = 0;  // how many there are, if instead one for each kRoundingBlock elements
+  void* row_moment = nullptr;  // of a rule that has one, in the arithmetic type: one number a row
   int64_t value_stride = 0;
   int64_t dim = 0;
   int64_t rows = 0;

@@ -41,14 +41,27 @@ UpdateError nonfinite_gradient(UpdatePlace place) {
   return {UpdateError::Kind::kNonfinite, place, "the gradient has a NaN or Inf"};
 }
 
+bool Update::rounds() const {
+  return scale.defined() || (rule.rounds && (param.scalar_type() == at::kBFloat16 ||
+                                             param.scalar_type() == at::kHalf));
+}
+
+bool has_row_scales(const Update& u) {
+  const int64_t dims = u.scale.defined() ? u.scale.dim() : 0;
+  return dims > 0 && dims <= u.param.dim() && u.scale.sizes() == u.param.sizes().slice(0, dims);
+}
+
 bool goes_by_rows(const Update& u) {
-  if (u.window.defined() && u.window.dim() > 0) return true;
+  if ((u.window.defined() && u.window.dim() > 0) || u.row_moment.defined() || has_row_scales(u))
+    return true;
   return u.param.dim() > 0 &&
          (u.rule.scale == Scale::kRows || (u.rule.touched != Touched::kAll && u.param.dim() >= 2));
 }
 
 int64_t row_dims(const Update& u) {
-  return u.window.defined() && u.window.dim() > 0 ? u.window.dim() : 1;
+  if (u.window.defined() && u.window.dim() > 0) return u.window.dim();
+  if (u.row_moment.defined()) return u.row_moment.dim();
+  return has_row_scales(u) ? u.scale.dim() : 1;
 }
 
 UpdateError bad_index(UpdatePlace place, int64_t entry, int64_t index, int64_t dimension,

@@ -33,7 +33,11 @@ struct Update {
   at::Tensor indices;
   at::Tensor values;
   at::Tensor states[kMaxStates];  // in the order of the rule's kStateNames
-  at::Tensor step;                // AdamW's counter: one int64 element, one more after `apply`
+  at::Tensor scale;               // of states[0] in int8: float32, one a row or block, contiguous
+  at::Tensor row_moment;          // of a rule that has one: one number a row, contiguous
+  // The counter of AdamW, and of what is rounded stochastically: one int64 element, one more after
+  // `apply`.
+  at::Tensor step;
   // In an accumulation window: which window each row (shape: the parameter's first dimensions) or
   // the whole parameter (0-dim) was last part of; int32, contiguous.
   at::Tensor window;
@@ -47,6 +51,9 @@ struct Update {
   bool coalesced = false;  // whether `indices` are said to be sorted and unique
   int group = 0;           // where the parameter stands, for messages
   int position = 0;
+
+  // Whether something of it is rounded stochastically.
+  bool rounds() const;
 };
 
 // A check that failed; the caller knows the parameter's name and completes the sentence.
@@ -88,6 +95,8 @@ class DeviceStep {
   // Whether rows of a strided gradient's parameter are behind, so that the caller must bring them
   // up to date before `apply`. A device that cannot tell does it in `apply`.
   virtual bool lags(const Update& update) const = 0;
+  // Whether there are kernels for momenta in int8, stochastic rounding and moments of rows.
+  virtual bool takes_compact_state() const { return false; }
   virtual void prepare() = 0;
   // Whether found_inf cancels the step. Then `apply` must not be called. A device that cannot tell
   // without waiting, and says nothing, leaves its tensors alone in `apply`.
@@ -111,7 +120,12 @@ struct DeviceRegistration {
 // Null when this build has no kernels for the device.
 DeviceStepFactory device_step_factory(c10::DeviceType device);
 
-// Whether the update goes by rows, found in a strided gradient or in the window.
+// Whether the momentum in int8 has one scale a row, of any first dimensions of the parameter, and
+// not one a block.
+bool has_row_scales(const Update& u);
+
+// Whether the update goes by rows: found in a strided gradient, in the window, or because a state
+// has one number a row.
 bool goes_by_rows(const Update& u);
 
 // How many leading dimensions make a row of it, if its gradient is strided.

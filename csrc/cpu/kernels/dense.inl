@@ -2,6 +2,26 @@
 //
 // Part of kernels.inl: every element of a tensor with a strided gradient.
 
+// One of a dense item's blocks that are rounded stochastically.
+template <typename T, typename Rule>
+void update_block(const DenseItem& item, const Rule& rule, const T* grad, const BlockPlace& at,
+                  int64_t unit, int64_t n) {
+  const Rounding& rounding = item.rule.rounding;
+  float* const scale = item.scales ? item.scales + unit : nullptr;
+  Block<T, Rule::kStates> block(item.param, item.states, at, n);
+  block.update(rule, grad, scale ? *scale : 0.0f);
+  if (moves_param(rule)) {
+    if (rounding.param) block.store_param(RandomUnit(rounding.param_key, unit), 0);
+    else block.store_param();
+  }
+  block.store_states();
+  if constexpr (Rule::kStates > 0) {
+    if (!scale || !item.rule.params->adds) return;
+    *scale = quantisation_scale(block.largest_momentum());
+    block.quantise_momentum(*scale, RandomUnit(rounding.momentum_key, unit), 0);
+  }
+}
+
 template <typename T, typename Rule>
 void dense_span(const DenseItem& item, int64_t begin, int64_t end) {
   const Rule rule(*item.rule.params);
@@ -14,9 +34,10 @@ void dense_span(const DenseItem& item, int64_t begin, int64_t end) {
     return;
   }
   if constexpr (kMixes<T, Rule>) {
-    const Mixture mixture = item.grad.data ? mixture_of(item.grad.storage, item.param.storage,
-                                                        item.states, Rule::kStates)
-                                           : Mixture::kOther;
+    const Mixture mixture =
+        item.grad.data && !item.has_blocks()
+            ? mixture_of(item.grad.storage, item.param.storage, item.states, Rule::kStates)
+            : Mixture::kOther;
     if (mixture != Mixture::kOther) {
       const int64_t offsets[kMaxStates] = {begin, begin};
       const char* const grad = static_cast<const char*>(item.grad.data);
@@ -25,12 +46,12 @@ void dense_span(const DenseItem& item, int64_t begin, int64_t end) {
     }
   }
   alignas(kCacheLine) T grad[kBlock];
-  const int64_t* no_index[kMaxStates] = {};
   for (int64_t i = begin; i < end; i += kBlock) {
     const int64_t n = end - i < kBlock ? end - i : kBlock;
-    const int64_t offsets[kMaxStates] = {i, i};
-    apply_converted(rule, view(item.grad, i, nullptr, n, grad), item.param, i, nullptr, item.states,
-                    offsets, no_index, n);
+    const T* const g = view(item.grad, i, nullptr, n, grad);
+    const BlockPlace at{i, nullptr, {i, i}, {}};
+    if (item.has_blocks()) update_block<T>(item, rule, g, at, i / kBlock, n);
+    else apply_converted(rule, g, item.param, item.states, at, n);
   }
 }
 
@@ -46,7 +67,9 @@ Facts look_at_span(const DenseItem& item, int64_t begin, int64_t end) {
     facts.add(look_at(
         r, rule, directions || wants_finite(r) ? view(item.grad, i, nullptr, n, grad) : nullptr,
         r.scale != Scale::kNone ? view(item.param, i, nullptr, n, param) : nullptr,
-        directions ? view(item.states[0], i, nullptr, n, exp_avg) : nullptr, n));
+        directions ? momentum_view(item, item.states[0], i, nullptr, i / kBlock, n, exp_avg)
+                   : nullptr,
+        n));
   }
   return facts;
 }

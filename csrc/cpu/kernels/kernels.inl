@@ -11,6 +11,7 @@
 namespace {
 
 constexpr int64_t kBlock = 256;
+static_assert(kBlock == kRoundingBlock);
 constexpr int64_t kCacheLine = 64;
 constexpr int kLanes = 16;  // elements that are handled at once
 
@@ -66,7 +67,9 @@ struct FindNonfinite {
 // ---------------------------------------------------------------------------- the table's entries
 
 void dense(const DenseItem& item, int64_t begin, int64_t end) {
-  with_rule_of(item, [&]<typename T, typename Rule>() { dense_span<T, Rule>(item, begin, end); });
+  with_rule_of(item, [&]<typename T, typename Rule>() {
+    if constexpr (!kHasRowMoment<Rule>) dense_span<T, Rule>(item, begin, end);
+  });
 }
 
 Facts look(const DenseItem& item, int64_t begin, int64_t end) {
@@ -77,21 +80,21 @@ Facts look(const DenseItem& item, int64_t begin, int64_t end) {
 void rows(const RowsItem& item, const SortedEntries& sorted, const LongRuns& long_runs,
           int64_t begin, int64_t end) {
   with_rule_of(item, [&]<typename T, typename Rule>() {
-    if constexpr (Rule::kStates > 0)
+    if constexpr (kIsOfGroups<Rule>)
       RowsOfRule<T, Rule>::sorted(item, sorted, long_runs, begin, end);
   });
 }
 
 void direct(const RowsItem& item, int64_t begin, int64_t end) {
   with_rule_of(item, [&]<typename T, typename Rule>() {
-    if constexpr (Rule::kStates > 0) RowsOfRule<T, Rule>::direct(item, begin, end);
+    if constexpr (kIsOfGroups<Rule>) RowsOfRule<T, Rule>::direct(item, begin, end);
   });
 }
 
 int64_t catch_up(const RowsItem& item, const int64_t* ids, int64_t begin, int64_t end) {
   int64_t written = 0;
   with_rule_of(item, [&]<typename T, typename Rule>() {
-    if constexpr (Rule::kStates > 0) written = CatchUpOfRule<T, Rule>::run(item, ids, begin, end);
+    if constexpr (kIsOfGroups<Rule>) written = CatchUpOfRule<T, Rule>::run(item, ids, begin, end);
   });
   return written;
 }

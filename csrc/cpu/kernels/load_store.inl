@@ -39,6 +39,8 @@ void load(const Stream& s, int64_t offset, const int64_t* index, int64_t n, T* o
       return load_as<T, BFloat16>(s.data, offset, index, n, out);
     case Storage::kFloat16:
       return load_as<T, Float16>(s.data, offset, index, n, out);
+    case Storage::kInt8:
+      return load_as<T, int8_t>(s.data, offset, index, n, out);
   }
 }
 
@@ -53,15 +55,79 @@ void store(const Stream& s, int64_t offset, const int64_t* index, int64_t n, con
       return store_as<T, BFloat16>(s.data, offset, index, n, in);
     case Storage::kFloat16:
       return store_as<T, Float16>(s.data, offset, index, n, in);
+    case Storage::kInt8:
+      return;  // see `quantise`
   }
+}
+
+template <typename T, typename S>
+void store_rounded_as(void* data, int64_t offset, const int64_t* index, int64_t n, const T* in,
+                      const RandomUnit& random, int64_t first) {
+  S* __restrict target = static_cast<S*>(data) + offset;
+  const uint32_t c = static_cast<uint32_t>(first);
+  if (index) {
+    for (int64_t i = 0; i < n; ++i)
+      store_rounded(target + index[i], static_cast<float>(in[i]),
+                    random(c + static_cast<uint32_t>(i)));
+  } else {
+    for (int64_t i = 0; i < n; ++i)
+      store_rounded(target + i, static_cast<float>(in[i]), random(c + static_cast<uint32_t>(i)));
+  }
+}
+
+// Elements `first`, first + 1, ... of the unit `random`, of a parameter in half precision.
+template <typename T>
+void store_rounded(const Stream& s, int64_t offset, const int64_t* index, int64_t n, const T* in,
+                   const RandomUnit& random, int64_t first) {
+  if (s.storage == Storage::kBFloat16)
+    store_rounded_as<T, BFloat16>(s.data, offset, index, n, in, random, first);
+  else store_rounded_as<T, Float16>(s.data, offset, index, n, in, random, first);
+}
+
+// The bits of the largest magnitude, in float32, of which those of Inf and NaN are larger.
+template <typename T>
+uint32_t largest_bits(const T* __restrict x, int64_t n) {
+  uint32_t largest = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t bits = float_bits(static_cast<float>(x[i])) & 0x7FFFFFFFu;
+    largest = bits > largest ? bits : largest;
+  }
+  return largest;
+}
+
+// Elements `first`, first + 1, ... of the unit `random`, whose scale is given.
+template <typename T>
+void quantise(const Stream& s, int64_t offset, const int64_t* index, int64_t n, const T* in,
+              float scale, const RandomUnit& random, int64_t first) {
+  int8_t* __restrict target = static_cast<int8_t*>(s.data) + offset;
+  const uint32_t c = static_cast<uint32_t>(first);
+  const float inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
+  if (inverse == 0.0f) {  // nothing, or not finite
+    for (int64_t i = 0; i < n; ++i) target[index ? index[i] : i] = 0;
+  } else if (index) {
+    for (int64_t i = 0; i < n; ++i)
+      target[index[i]] =
+          quantised(static_cast<float>(in[i]), inverse, random(c + static_cast<uint32_t>(i)));
+  } else {
+    for (int64_t i = 0; i < n; ++i)
+      target[i] =
+          quantised(static_cast<float>(in[i]), inverse, random(c + static_cast<uint32_t>(i)));
+  }
+}
+
+// Elements of a momentum in int8.
+template <typename T>
+void load_scaled(const Stream& s, int64_t offset, const int64_t* index, int64_t n, float scale,
+                 T* out) {
+  load(s, offset, index, n, out);
+  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(static_cast<float>(out[i]) * scale);
 }
 
 template <typename T, typename Rule>
 TIGER_EXT_INLINE void apply(const Rule& rule, const T* __restrict grad, T* __restrict param,
                             T* const* states, int64_t n) {
   if constexpr (Rule::kStates == 0) {
-    for (int64_t i = 0; i < n; ++i) rule(T(0), param[i]);
-    return;
+    for (int64_t i = 0; i < n; ++i) rule(grad[i], param[i]);
   } else {
     T* __restrict s0 = states[0];
     if constexpr (Rule::kDirected) {
@@ -95,21 +161,65 @@ bool updates_in_place(const Item& item, int states) {
   return native;
 }
 
-// One block of at most kBlock elements through the L1 cache; offsets and indices per stream.
+// Where a block lies in each tensor: offsets, then through an index where there is one.
+struct BlockPlace {
+  int64_t param = 0;
+  const int64_t* param_index = nullptr;
+  int64_t states[kMaxStates] = {};
+  const int64_t* state_indices[kMaxStates] = {};
+};
+
+// A block of at most kBlock elements in the L1 cache, in the arithmetic type.
+template <typename T, int kStates>
+class Block {
+ public:
+  Block(const Stream& param, const Stream* states, const BlockPlace& at, int64_t n)
+      : param_(param), states_(states), at_(at), n_(n) {}
+
+  // `scale`: of the first state if it is in int8.
+  template <typename Rule>
+  TIGER_EXT_INLINE void update(const Rule& rule, const T* grad, float scale = 0.0f) {
+    T* pointers[kMaxStates] = {s_[0], s_[1]};
+    if (moves_param(rule)) load(param_, at_.param, at_.param_index, n_, p_);
+    for (int k = 0; k < kStates; ++k) {
+      const int64_t offset = at_.states[k];
+      if (states_[k].storage == Storage::kInt8)
+        load_scaled(states_[k], offset, at_.state_indices[k], n_, scale, s_[k]);
+      else load(states_[k], offset, at_.state_indices[k], n_, s_[k]);
+    }
+    apply(rule, grad, p_, pointers, n_);
+  }
+
+  TIGER_EXT_INLINE void store_param() const { store(param_, at_.param, at_.param_index, n_, p_); }
+  TIGER_EXT_INLINE void store_param(const RandomUnit& random, int64_t first) const {
+    store_rounded(param_, at_.param, at_.param_index, n_, p_, random, first);
+  }
+  // But for those in int8.
+  TIGER_EXT_INLINE void store_states() const {
+    for (int k = 0; k < kStates; ++k)
+      store(states_[k], at_.states[k], at_.state_indices[k], n_, s_[k]);
+  }
+  uint32_t largest_momentum() const { return largest_bits(s_[0], n_); }
+  void quantise_momentum(float scale, const RandomUnit& random, int64_t first) const {
+    quantise(states_[0], at_.states[0], at_.state_indices[0], n_, s_[0], scale, random, first);
+  }
+
+ private:
+  const Stream& param_;
+  const Stream* const states_;
+  const BlockPlace& at_;
+  const int64_t n_;
+  alignas(kCacheLine) T p_[kBlock];
+  alignas(kCacheLine) T s_[kMaxStates][kBlock];
+};
+
 template <typename T, typename Rule>
-void apply_converted(const Rule& rule, const T* grad, const Stream& param, int64_t param_offset,
-                     const int64_t* param_index, const Stream* states, const int64_t* state_offsets,
-                     const int64_t* const* state_indices, int64_t n) {
-  alignas(kCacheLine) T p[kBlock];
-  alignas(kCacheLine) T s[kMaxStates][kBlock];
-  T* pointers[kMaxStates] = {s[0], s[1]};
-  if (moves_param(rule)) load(param, param_offset, param_index, n, p);
-  for (int k = 0; k < Rule::kStates; ++k)
-    load(states[k], state_offsets[k], state_indices[k], n, s[k]);
-  apply(rule, grad, p, pointers, n);
-  if (moves_param(rule)) store(param, param_offset, param_index, n, p);
-  for (int k = 0; k < Rule::kStates; ++k)
-    store(states[k], state_offsets[k], state_indices[k], n, s[k]);
+void apply_converted(const Rule& rule, const T* grad, const Stream& param, const Stream* states,
+                     const BlockPlace& at, int64_t n) {
+  Block<T, Rule::kStates> block(param, states, at, n);
+  block.update(rule, grad);
+  if (moves_param(rule)) block.store_param();
+  block.store_states();
 }
 
 // A gradient that is zero everywhere.
@@ -125,5 +235,14 @@ const T* view(const Stream& s, int64_t offset, const int64_t* index, int64_t n, 
   if (!s.data) return zeros<T>();
   if (!index && is_native<T>(s)) return static_cast<const T*>(s.data) + offset;
   load(s, offset, index, n, buffer);
+  return buffer;
+}
+
+// The momentum, which may be in int8; `unit`: the number of its scale.
+template <typename T, typename Item>
+const T* momentum_view(const Item& item, const Stream& s, int64_t offset, const int64_t* index,
+                       int64_t unit, int64_t n, T* buffer) {
+  if (!item.scales) return view(s, offset, index, n, buffer);
+  load_scaled(s, offset, index, n, item.scales[unit], buffer);
   return buffer;
 }

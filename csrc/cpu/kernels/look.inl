@@ -23,6 +23,23 @@ double sum_of_squares(const T* __restrict x, int64_t n) {
   return sum_lanes(lanes);
 }
 
+// Of factor * x, in the arithmetic type.
+template <typename T>
+double sum_of_squares(const T* __restrict x, T factor, int64_t n) {
+  alignas(kCacheLine) double lanes[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    for (int l = 0; l < kLanes; ++l) {
+      const double v = static_cast<double>(factor * x[i + l]);
+      lanes[l] += v * v;
+    }
+  for (; i < n; ++i) {
+    const double v = static_cast<double>(factor * x[i]);
+    lanes[i % kLanes] += v * v;
+  }
+  return sum_lanes(lanes);
+}
+
 template <typename T>
 bool all_finite(const T* __restrict x, int64_t n) {
   int bad = 0;

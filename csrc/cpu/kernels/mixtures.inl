@@ -8,7 +8,7 @@ template <typename Rule, typename G, typename P, typename... S>
 TIGER_EXT_INLINE void apply_lanes(const Rule& given, const G* grad, P* param, int64_t n,
                                   S*... states) {
   const Rule rule = given;
-  float g[kLanes], p[kLanes], s[sizeof...(S)][kLanes];
+  float g[kLanes], p[kLanes], s[sizeof...(S) + 1][kLanes];
   const auto update = [&]<size_t... k>(std::index_sequence<k...>) __attribute__((always_inline)) {
     int64_t i = 0;
     for (; i + kLanes <= n; i += kLanes) {
@@ -38,7 +38,8 @@ inline bool is_half(Storage s) { return s == Storage::kBFloat16 || s == Storage:
 
 inline Mixture mixture_of(Storage grad, Storage param, const Stream* states, int count) {
   const auto float32 = Storage::kFloat32;
-  const Storage state = states[0].storage, last = states[count - 1].storage;
+  const Storage state = count ? states[0].storage : param;
+  const Storage last = count ? states[count - 1].storage : param;
   if (param == float32)  // a second moment is no narrower than its parameter
     return grad == float32 && is_half(state) && (count == 1 || last == float32)
                ? Mixture::kHalfState
@@ -62,9 +63,15 @@ void apply_mixture(Mixture mixture, const Rule& rule, const void* grad, const St
   const auto run = [&]<typename G, typename P, typename S, typename Last>() {
     const G* const g = static_cast<const G*>(grad);
     P* const p = static_cast<P*>(param.data) + param_offset;
-    S* const s = static_cast<S*>(states[0].data) + state_offsets[0];
-    if constexpr (Rule::kStates == 1) apply_lanes(rule, g, p, n, s);
-    else apply_lanes(rule, g, p, n, s, static_cast<Last*>(states[1].data) + state_offsets[1]);
+    const auto state = [&]<typename Type>(int k) {
+      return static_cast<Type*>(states[k].data) + state_offsets[k];
+    };
+    if constexpr (Rule::kStates == 0) apply_lanes(rule, g, p, n);
+    else if constexpr (Rule::kStates == 1)
+      apply_lanes(rule, g, p, n, state.template operator()<S>(0));
+    else
+      apply_lanes(rule, g, p, n, state.template operator()<S>(0),
+                  state.template operator()<Last>(1));
   };
   const auto run_in = [&]<typename Half>() {
     switch (mixture) {
@@ -89,4 +96,4 @@ void apply_mixture(Mixture mixture, const Rule& rule, const void* grad, const St
 
 // Whether a rule has these loops: the common ones do.
 template <typename T, typename Rule>
-constexpr bool kMixes = sizeof(T) == 4 && Rule::kStates > 0 && !Rule::kDirected;
+constexpr bool kMixes = sizeof(T) == 4 && kIsOfGroups<Rule> && !Rule::kDirected;

@@ -165,6 +165,8 @@ class Prefetcher {
     row_ = row;
     const int64_t r = static_cast<int64_t>(row) - item_.first_row;
     if (item_.rule.last_step) __builtin_prefetch(item_.rule.last_step + r, 1, 2);
+    if (item_.scales) __builtin_prefetch(item_.scales + r, 1, 2);
+    if (item_.row_moment) __builtin_prefetch(static_cast<const T*>(item_.row_moment) + r, 1, 2);
     for (int k = 0; k < count_; ++k)
       prefetch_bytes(streams_[k].data + r * streams_[k].row_bytes + column * streams_[k].size,
                      n * streams_[k].size);

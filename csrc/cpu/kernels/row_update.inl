@@ -10,6 +10,8 @@ class CatchUpTable {
  public:
   explicit CatchUpTable(const RowsItem& item) : params_(*item.rule.params), memory_(memory()) {
     for (int k = 0; k < Rule::kStates; ++k) floors_[k] = smallest_kept<T>(item.states[k].storage);
+    if constexpr (kHasRowMoment<Rule>)
+      floors_[Rule::kStates] = smallest_kept<T>(native_storage<T>());
   }
 
   CatchUp<T> operator()(int32_t from) const {
@@ -17,7 +19,7 @@ class CatchUpTable {
     const uint64_t key = params_.history << 32 | static_cast<uint32_t>(from);
     if (entry.key != key) fill(entry, key, from);
     CatchUp<T> c = entry.catch_up;
-    for (int k = 0; k < Rule::kStates; ++k) c.floor[k] = c.factor[k] == T(0) ? T(0) : floors_[k];
+    for (int k = 0; k < kMoments<Rule>; ++k) c.floor[k] = c.factor[k] == T(0) ? T(0) : floors_[k];
     return c;
   }
 
@@ -36,7 +38,8 @@ class CatchUpTable {
   __attribute__((noinline)) void fill(Entry& entry, uint64_t key, int32_t from) const {
     const SkippedSteps skipped =
         skipped_steps(params_.stretches, params_.stretch_count, from, params_.current);
-    entry.catch_up = catch_up_with<T, Rule::kStates>(missed(skipped, Rule::kStates == 2), floors_);
+    entry.catch_up =
+        catch_up_with<T, kMoments<Rule>>(missed(skipped, kMoments<Rule> == 2), floors_);
     entry.key = key;
   }
 
@@ -59,7 +62,7 @@ class RowUpdate {
       bool contiguous = !item.param_layout.inner;
       for (int k = 0; k < Rule::kStates; ++k)
         contiguous = contiguous && !item.state_layouts[k].inner;
-      if (contiguous)
+      if (contiguous && !rounds())
         mixture_ = mixture_of(Storage::kFloat32, item.param.storage, item.states, Rule::kStates);
     }
   }
@@ -82,8 +85,9 @@ class RowUpdate {
     const int32_t now = old < 0 ? -1 - current : current;
     if (!__atomic_compare_exchange_n(last, &old, now, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED))
       return false;  // another thread does it
-    const CatchUp<T> missed = catch_up_(current_up_to(old));
-    update(NoUpdate<T, Rule::kStates>(), &missed, place(row),
+    CatchUp<T> missed = catch_up_(current_up_to(old));
+    catch_up_units(row, missed);
+    update(NoUpdate<T, Rule::kStates>(), &missed, row, place(row),
            [](int64_t, int64_t) { return zeros<T>(); });
     return true;
   }
@@ -112,15 +116,61 @@ class RowUpdate {
       const int32_t from = current_up_to(last);
       last = params_.updated();
       behind = from < params_.current;
-      if (behind) missed = catch_up_(from);
+      if (behind) {
+        missed = catch_up_(from);
+        catch_up_units(row, missed);
+      }
     }
-    update(rule, behind ? &missed : nullptr, at, grad_of);
+    const CatchUp<T>* const skipped = behind ? &missed : nullptr;
+    if constexpr (kHasRowMoment<Rule>) {
+      T& v = static_cast<T*>(item_.row_moment)[row];
+      v = rule.next_moment(v, mean_square(rule, grad_of));
+      Rule own = rule;
+      own.set_moment(v);
+      update(own, skipped, row, at, grad_of);
+    } else {
+      update(rule, skipped, row, at, grad_of);
+    }
   }
+
+  // What skipped steps do to a row's own numbers, which are not its elements'.
+  TIGER_EXT_INLINE void catch_up_units(int64_t row, CatchUp<T>& missed) const {
+    if constexpr (kHasRowMoment<Rule>)
+      missed.template state<Rule::kStates>(static_cast<T*>(item_.row_moment)[row]);
+    if constexpr (!kInPlace && Rule::kStates > 0) {
+      if (!item_.scales) return;
+      const int64_t first = item_.block_scales ? 0 : row;
+      const int64_t count = item_.block_scales ? item_.block_scales : 1;
+      for (int64_t k = first; k < first + count; ++k) {
+        T scale = static_cast<T>(item_.scales[k]);
+        missed.template state<0>(scale);
+        item_.scales[k] = static_cast<float>(scale);
+      }
+      missed.factor[0] = T(1);
+    }
+  }
+
+  template <typename GradOf>
+  TIGER_EXT_INLINE double mean_square(const Rule& rule, const GradOf& grad_of) const {
+    double total = 0.0;
+    for (int64_t c = 0; c < item_.dim; c += kBlock) {
+      const int64_t n = item_.dim - c < kBlock ? item_.dim - c : kBlock;
+      total += sum_of_squares(grad_of(c, n), rule.grad_factor, n);
+    }
+    return total / static_cast<double>(item_.dim);
+  }
+
+  bool rounds() const { return item_.scales || item_.rule.rounding.param; }
 
   // `missed`: null if the row is current.
   template <typename AnyRule, typename GradOf>
-  TIGER_EXT_INLINE void update(const AnyRule& rule, const CatchUp<T>* missed, const Place& at,
-                               const GradOf& grad_of) const {
+  TIGER_EXT_INLINE void update(const AnyRule& rule, const CatchUp<T>* missed, int64_t row,
+                               const Place& at, const GradOf& grad_of) const {
+    if constexpr (!kInPlace) {
+      if (rounds())
+        return after(rule, missed,
+                     [&](const auto& whole) { update_rounded(whole, row, at, grad_of); });
+    }
     for (int64_t c = 0; c < item_.dim; c += kBlock) {
       const int64_t n = item_.dim - c < kBlock ? item_.dim - c : kBlock;
       const T* const grad = grad_of(c, n);
@@ -131,21 +181,51 @@ class RowUpdate {
             states[k] = static_cast<T*>(item_.states[k].data) + at.states[k] + c;
           apply(whole, grad, static_cast<T*>(item_.param.data) + at.param + c, states, n);
         } else {
-          int64_t state_offsets[kMaxStates];
-          const int64_t* state_indices[kMaxStates];
-          for (int k = 0; k < Rule::kStates; ++k) {
-            state_offsets[k] = offset(item_.state_layouts[k], at.states[k], c);
-            state_indices[k] = index(item_.state_layouts[k], c);
-          }
+          const BlockPlace where = block_place(at, c);
           if constexpr (kMixes<T, Rule>)
             if (mixture_ != Mixture::kOther)
-              return apply_mixture(mixture_, whole, grad, item_.param, at.param + c, item_.states,
-                                   state_offsets, n);
-          apply_converted(whole, grad, item_.param, offset(item_.param_layout, at.param, c),
-                          index(item_.param_layout, c), item_.states, state_offsets, state_indices,
-                          n);
+              return apply_mixture(mixture_, whole, grad, item_.param, where.param, item_.states,
+                                   where.states, n);
+          apply_converted(whole, grad, item_.param, item_.states, where, n);
         }
       });
+    }
+  }
+
+  // A row that is rounded stochastically. A momentum in int8 needs the largest magnitude of all the
+  // row before it can be stored: longer rows than a block are computed twice.
+  template <typename AnyRule, typename GradOf>
+  __attribute__((noinline)) void update_rounded(const AnyRule& rule, int64_t row, const Place& at,
+                                                const GradOf& grad_of) const {
+    constexpr bool kOnlyCatchesUp = requires { AnyRule::kOnlyCatchesUp; };
+    const Rounding& rounding = item_.rule.rounding;
+    const float scale = item_.scales ? item_.scales[row] : 0.0f;
+    const bool quantises = item_.scales && !kOnlyCatchesUp && params_.adds;
+    uint32_t largest = 0;
+    for (int64_t c = 0; quantises && item_.dim > kBlock && c < item_.dim; c += kBlock) {
+      const int64_t n = item_.dim - c < kBlock ? item_.dim - c : kBlock;
+      const BlockPlace where = block_place(at, c);
+      Block<T, Rule::kStates> block(item_.param, item_.states, where, n);
+      block.update(rule, grad_of(c, n), scale);
+      const uint32_t found = block.largest_momentum();
+      largest = found > largest ? found : largest;
+    }
+    const RandomUnit for_param(kOnlyCatchesUp ? rounding.caught_up_key : rounding.param_key, row);
+    const RandomUnit for_momentum(rounding.momentum_key, row);
+    for (int64_t c = 0; c < item_.dim; c += kBlock) {
+      const int64_t n = item_.dim - c < kBlock ? item_.dim - c : kBlock;
+      const BlockPlace where = block_place(at, c);
+      Block<T, Rule::kStates> block(item_.param, item_.states, where, n);
+      block.update(rule, grad_of(c, n), item_.block_scales ? item_.scales[c / kBlock] : scale);
+      if (moves_param(rule)) {
+        if (rounding.param) block.store_param(for_param, c);
+        else block.store_param();
+      }
+      block.store_states();
+      if (!quantises) continue;
+      if (item_.dim <= kBlock) largest = block.largest_momentum();
+      item_.scales[row] = quantisation_scale(largest);
+      block.quantise_momentum(item_.scales[row], for_momentum, c);
     }
   }
 
@@ -171,11 +251,11 @@ class RowUpdate {
       }
     }
     if (params_.looks()) {
-      const Facts facts = look(rule, at, grad_of);
+      const Facts facts = look(rule, row, at, grad_of);
       const Verdict verdict = judge(params_, facts);
       if (verdict == Verdict::kShrink) {
         if (item_.rule.last_step) catch_up(row);
-        shrink(at);
+        shrink(row, at);
       }
       if (verdict != Verdict::kUpdate) return false;
       if constexpr (std::is_base_of_v<Momentum<T>, Rule>)
@@ -186,7 +266,7 @@ class RowUpdate {
   }
 
   template <typename GradOf>
-  Facts look(const Rule& rule, const Place& at, const GradOf& grad_of) const {
+  Facts look(const Rule& rule, int64_t row, const Place& at, const GradOf& grad_of) const {
     Facts facts;
     alignas(kCacheLine) T param[kBlock], exp_avg[kBlock];
     const bool directions = wants_directions(params_);
@@ -199,8 +279,8 @@ class RowUpdate {
         p = view(item_.param, offset(item_.param_layout, at.param, c), index(item_.param_layout, c),
                  n, param);
       if (directions)
-        m = view(item_.states[0], offset(item_.state_layouts[0], at.states[0], c),
-                 index(item_.state_layouts[0], c), n, exp_avg);
+        m = momentum_view(item_, item_.states[0], offset(item_.state_layouts[0], at.states[0], c),
+                          index(item_.state_layouts[0], c), row, n, exp_avg);
       if constexpr (std::is_base_of_v<Momentum<T>, Rule>)
         facts.add(look_at<T>(params_, rule, g, p, m, n));
       else facts.add(look_at<T>(params_, Momentum<T>(), g, p, m, n));
@@ -208,13 +288,28 @@ class RowUpdate {
     return facts;
   }
 
-  void shrink(const Place& at) const {
+  void shrink(int64_t row, const Place& at) const {
     const Shrink<T> rule(params_);
+    const Rounding& rounding = item_.rule.rounding;
     for (int64_t c = 0; c < item_.dim; c += kBlock) {
       const int64_t n = item_.dim - c < kBlock ? item_.dim - c : kBlock;
-      apply_converted<T>(rule, nullptr, item_.param, offset(item_.param_layout, at.param, c),
-                         index(item_.param_layout, c), nullptr, nullptr, nullptr, n);
+      const BlockPlace where = block_place(at, c);
+      Block<T, 0> block(item_.param, nullptr, where, n);
+      block.update(rule, zeros<T>());
+      if (rounding.param) block.store_param(RandomUnit(rounding.param_key, row), c);
+      else block.store_param();
     }
+  }
+
+  BlockPlace block_place(const Place& at, int64_t c) const {
+    BlockPlace where;
+    where.param = offset(item_.param_layout, at.param, c);
+    where.param_index = index(item_.param_layout, c);
+    for (int k = 0; k < Rule::kStates; ++k) {
+      where.states[k] = offset(item_.state_layouts[k], at.states[k], c);
+      where.state_indices[k] = index(item_.state_layouts[k], c);
+    }
+    return where;
   }
 
   // Through an index, offsets count from the start of the row's vector.

@@ -25,6 +25,7 @@ capture
 reference history tracking progress finish
 clocks
 huge_pages group_step tracking_hooks
+moments
 state
 windows reference_step observers
 lazy loading

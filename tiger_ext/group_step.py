@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any
 
@@ -14,7 +15,14 @@ from tiger_ext.history import History
 from tiger_ext.options import Moment, algorithm_of, direction_scale, moments_of
 from tiger_ext.parameters import parameter_name
 
-__all__ = ["GroupStep", "is_row_lazy"]
+__all__ = ["GroupStep", "is_row_lazy", "lacks_kernels"]
+
+
+def lacks_kernels(options: Mapping[str, Any]) -> str | None:
+    """Return which option of a group has no native kernels, so that the reference is used."""
+    if options.get("second_moment", "element") != "element":
+        return f"second_moment={options['second_moment']!r}"
+    return None
 
 
 class GroupStep:
@@ -70,7 +78,11 @@ class GroupStep:
             self.window = clock.windows + 1
             self.micro_step = clock.micro_steps + 1
             self.closes = self.micro_step >= self.micro_steps
-        self.native = _native.C is not None and options["fused"] is not False
+        self.native = (
+            _native.C is not None
+            and options["fused"] is not False
+            and lacks_kernels(options) is None
+        )
 
     @property
     def counts_in_history(self) -> bool:
@@ -85,6 +97,11 @@ class GroupStep:
         for key in keys:
             if key not in self.options:
                 self.options[key] = PLACEHOLDERS[key]
+
+    @property
+    def storage(self) -> tuple[Any, ...]:
+        """Return the options that say how moments are stored by rows."""
+        return (self.options.get("second_moment"),)
 
     @property
     def in_window(self) -> bool:

@@ -14,11 +14,12 @@ from tiger_ext import _native
 from tiger_ext.capture import is_capturing
 from tiger_ext.finish import finish
 from tiger_ext.group_step import GroupStep, is_row_lazy
+from tiger_ext.moments import check_shapes
 from tiger_ext.options import algorithm_of
 from tiger_ext.progress import Progress
 from tiger_ext.reference import brought_to, current_up_to
 from tiger_ext.reference_step import catch_up_on_reference
-from tiger_ext.state import StateChanges, check_shapes, complete_state
+from tiger_ext.state import StateChanges, complete_state, convert_state
 from tiger_ext.tracking import UsedRows
 
 __all__ = [
@@ -156,6 +157,8 @@ def make_current(
         changes = StateChanges(states, what)
         try:
             complete_state(p, group, changes)
+            for fill in convert_state(p, group, changes):
+                fill()
         except BaseException:
             finish(changes.take_back)
             raise

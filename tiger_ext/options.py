@@ -24,6 +24,7 @@ Rows = Literal["nonzero", "tracked"]
 Scale = Literal["rms", "rms_rows"]
 Direction = Literal["sign", "clip", "power", "atan"]
 Nonfinite = Literal["propagate", "skip", "shrink", "raise"]
+SecondMoment = Literal["element", "row"]
 
 _SHARED: dict[str, Any] = {
     "lazy": "frozen",
@@ -54,12 +55,14 @@ class Moment:
         optional: whether it is not stored where that beta is 0.
         wide: whether it is stored in the parameter's dtype at least; ``1 - beta`` is too small a
             step for a narrower type.
+        reducible: whether ``second_moment="row"`` keeps one number a row of it.
     """
 
     name: str
     beta: int
     optional: bool = False
     wide: bool = False
+    reducible: bool = False
 
 
 @dataclass(frozen=True)
@@ -124,13 +127,14 @@ ALGORITHMS: dict[str, Algorithm] = {
             beta_count=2,
             moments=(
                 Moment("exp_avg", 0, optional=True),
-                Moment("exp_avg_sq", -1, wide=True),
+                Moment("exp_avg_sq", -1, wide=True, reducible=True),
             ),
             defaults={
                 "lr": 1e-3,
                 "betas": (0.9, 0.999),
                 "eps": 1e-8,
                 "weight_decay": 0.0,
+                "second_moment": "element",
                 **_SHARED,
             },
             counts_steps=True,
@@ -141,8 +145,9 @@ ALGORITHMS: dict[str, Algorithm] = {
 # What parameters, gradients and moments may store.
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-# The names of all state tensors of a parameter's shape.
+# The names of all state tensors of a parameter's shape; of those that may be a number a row.
 MOMENTS = tuple(dict.fromkeys(m.name for row in ALGORITHMS.values() for m in row.moments))
+REDUCIBLE = {m.name for row in ALGORITHMS.values() for m in row.moments if m.reducible}
 
 # What kappa is when `direction_scale` is None.
 DIRECTION_SCALES = {"sign": 1.0, "clip": 1e4, "power": 0.5, "atan": 1e4}
@@ -263,6 +268,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "rows": (_one_of(Rows, None), "None, 'nonzero' or 'tracked'"),
     "lazy": (_one_of(Lazy), "one of 'frozen', 'decay', 'exact'"),
     "scale": (_one_of(Scale, None), "None, 'rms' or 'rms_rows'"),
+    "second_moment": (_one_of(SecondMoment), "'element' or 'row'"),
     "direction": (_one_of(Direction), "one of 'sign', 'clip', 'power', 'atan'"),
     "nonfinite": (
         _one_of(Nonfinite),

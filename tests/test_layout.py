@@ -21,6 +21,7 @@ CODE = sorted(p for p in CSRC.rglob("*") if p.suffix in (".h", ".cuh", ".inl", "
 # A module imports only from lines above its own.
 ORDER = """
 _native options parameters
+rounding
 capture
 reference history tracking progress finish
 clocks

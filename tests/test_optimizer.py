@@ -139,7 +139,6 @@ def test_betas_may_be_zero_and_a_list():
 
 PLANNED = {
     "momentum_dtype": [torch.int8],
-    "stochastic_rounding": [True],
 }
 
 

@@ -58,7 +58,10 @@ class AdamW(MixedOptimizer):
             of :math:`g^2`. A row is what a sparse gradient's indices select, for a strided gradient
             an index of the first dimension, or of those that sparse gradients had before. Every
             gradient then goes by rows.
-        stochastic_rounding: False.
+        stochastic_rounding: bfloat16 and float16 parameters are rounded up or down at random, so
+            that the mean is right and steps that are smaller than half the distance to the next
+            number are not lost. The bits depend on ``rounding_seed`` (of the group; default:
+            ``torch.initial_seed()``), the parameter's steps and position alone.
         maximize: ascend instead of descend.
         capturable: has no effect on CPU parameters.
         fused: None: native kernels where they exist; True: native, or RuntimeError; False: the

@@ -13,9 +13,17 @@ from torch import Tensor
 from tiger_ext.clocks import PLACEHOLDERS, Clocks, GroupClock
 from tiger_ext.history import MAX_STEPS, History
 from tiger_ext.moments import is_row_wise
-from tiger_ext.options import ALGORITHMS, FLOATS, algorithm_of, check_lazy, check_option
+from tiger_ext.options import (
+    ALGORITHMS,
+    FLOATS,
+    OTHER_OPTIONS,
+    algorithm_of,
+    check_lazy,
+    check_option,
+)
 from tiger_ext.parameters import parameter_name
 from tiger_ext.reference import arithmetic_dtype
+from tiger_ext.rounding import keep_seed
 from tiger_ext.state import clock_device, unlisted
 
 __all__ = ["Loaded", "fill_in"]
@@ -96,6 +104,7 @@ class Loaded:
         """Take over the copies; ``groups`` are those that torch has loaded."""
         for group, each in zip(groups, self._states, strict=True):
             group.update({key: PLACEHOLDERS[key] for key in PLACEHOLDERS if key in group})
+            keep_seed(group)
             for p, own in zip(group["params"], each, strict=True):
                 if own:
                     state[p] = own
@@ -137,7 +146,7 @@ def _checked_group(index: int, saved: Mapping[str, Any], own: Mapping[str, Any])
     if own["lazy"] != "frozen" and saved.get("lazy", "frozen") == "frozen":
         merged["lazy"] = own["lazy"]
     try:
-        for option in (*algorithm.defaults, "shrink_to"):
+        for option in (*algorithm.defaults, *OTHER_OPTIONS):
             if option in merged:
                 check_option(option, merged[option], algorithm)
         check_lazy({**algorithm.defaults, **merged})

@@ -19,7 +19,7 @@ from tiger_ext import _native, lazy, observers
 from tiger_ext.capture import is_capturing
 from tiger_ext.clocks import Clocks, without_placeholders
 from tiger_ext.finish import finish
-from tiger_ext.group_step import GroupStep, lacks_kernels
+from tiger_ext.group_step import GroupStep, group_steps, lacks_kernels
 from tiger_ext.loading import Loaded, fill_in
 from tiger_ext.moments import check_shapes
 from tiger_ext.options import ALGORITHMS, algorithm_of, complete_group, plain_option
@@ -204,8 +204,7 @@ class MixedOptimizer(torch.optim.Optimizer):
 
     def _group_steps(self) -> list[GroupStep]:
         clocks = self._clocks.of(self.param_groups, self.state)
-        each = zip(self.param_groups, clocks, strict=True)
-        return [GroupStep(index, group, clock) for index, (group, clock) in enumerate(each)]
+        return group_steps(self.param_groups, clocks)
 
     def _begin_clocks(self) -> None:
         for group in self._group_steps():
@@ -435,7 +434,8 @@ class _Reader:
             grad_mode = _is_grad_enabled()
             try:
                 _set_grad_enabled(False)
-                group = GroupStep(found[0], options, found[1])
+                number = sum(len(group["params"]) for group in groups[: found[0]])
+                group = GroupStep(found[0], options, found[1], number)
                 lazy.make_current(
                     group, found[1].params[p], optimizer.state, optimizer._reading(), ids
                 )

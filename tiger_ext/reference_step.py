@@ -17,6 +17,7 @@ from tiger_ext.group_step import GroupStep, is_row_lazy
 from tiger_ext.history import Missed
 from tiger_ext.moments import check_shapes, is_row_wise, read_moment, stored_dims
 from tiger_ext.options import FLOATS, algorithm_of, direction_scale
+from tiger_ext.rounding import CATCH_UP, PARAMETER, Draws, round_to
 
 __all__ = ["ReferenceUpdate", "catch_up_on_reference"]
 
@@ -24,6 +25,7 @@ __all__ = ["ReferenceUpdate", "catch_up_on_reference"]
 _Where = tuple[Tensor, ...] | None
 # What is written once all of it has been computed.
 _Writes = list[Callable[[], Any]]
+_ROUNDED = (torch.bfloat16, torch.float16)  # what stochastic rounding is for
 # How many elements `catch_up_on_reference` takes at a time.
 _CHUNK = 1 << 24
 
@@ -102,9 +104,10 @@ class ReferenceUpdate:
         where, grad = self._units()
         p, group, options, state = self.param, self.group, self.group.options, self.state
         writes: _Writes = []
+        step = int(state["step"]) + 1 if "step" in state else 0
         ages = self.adds and group.history is not None
         if ages and where is None:
-            catch_up_on_reference(p, state, group, state["last_step"], None)
+            catch_up_on_reference(group, self.position, state, state["last_step"], None)
         decays = torch.ones((grad.shape[0],), dtype=torch.bool, device=p.device)
         if group.window:
             in_window = _read(state["window"], where).reshape(-1) == group.window
@@ -117,14 +120,12 @@ class ReferenceUpdate:
         if self.adds and options["nonfinite"] in ("skip", "shrink"):
             finite = reference.per_unit(torch.isfinite(grad)).all(1)
             if options["nonfinite"] == "shrink":
-                writes += self._shrink(where, ~finite, ages)
+                writes += self._shrink(where, ~finite, ages, step)
             if where is None and not bool(finite):
                 return writes
             where = _select(where, finite)
             grad, decays = grad[finite], decays[finite]
-        step = 0
         if "step" in state:
-            step = int(state["step"]) + 1
             writes.append(partial(state["step"].fill_, step))
         if group.window and self.adds:
             number = torch.full_like(decays, group.window, dtype=torch.int32)
@@ -137,19 +138,19 @@ class ReferenceUpdate:
             writes.append(partial(_set, state["last_step"], place, now))
         return writes
 
-    def _shrink(self, where: _Where, chosen: Tensor, ages: bool) -> _Writes:
+    def _shrink(self, where: _Where, chosen: Tensor, ages: bool, step: int) -> _Writes:
         """Return what moves units with a NaN or Inf towards ``shrink_to``."""
-        options = self.group.options
+        options, state = self.group.options, self.state
         rows = _select(where, chosen)
         if ages and rows is not None:
-            catch_up_on_reference(self.param, self.state, self.group, self.state["last_step"], rows)
+            catch_up_on_reference(self.group, self.position, state, state["last_step"], rows)
         units = self._to_arithmetic(_read(self.param, rows))
         if rows is None:
             units = units[chosen]
         shrunk = reference.shrink(
             units, ratio=options["shrink_ratio"], to=options.get("shrink_to", 0.0)
         )
-        return [partial(_write, self.param, rows, shrunk)]
+        return [self._write_param(rows, shrunk, step)]
 
     def _current(self, where: _Where, ages: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """Return units of the parameter and its moments, rows after the steps they have skipped."""
@@ -207,10 +208,16 @@ class ReferenceUpdate:
             if value is not None
         ]
         if group.moves(self.adds):
-            writes.append(partial(_write, self.param, where, new_param))
+            writes.append(self._write_param(where, new_param, step))
         elif group.history is not None and self.adds:  # rows may have caught up
-            writes.append(partial(_write, self.param, where, param))
+            writes.append(self._write_param(where, param, step))
         return writes
+
+    def _write_param(self, where: _Where, units: Tensor, step: int) -> Callable[[], None]:
+        if len(units) > 0:
+            draws = self.group.draws(self.position, step)
+            units = _rounded(self.param, where, units, self.group, draws, PARAMETER)
+        return partial(_write, self.param, where, units)
 
     # A parameter is updated in units: its touched rows, or the whole of it as the only one.
 
@@ -263,6 +270,20 @@ def _write(tensor: Tensor, where: _Where, units: Tensor) -> None:
         tensor.copy_(units[0])
 
 
+def _rounded(
+    p: Tensor,
+    where: _Where,
+    units: Tensor,
+    group: GroupStep,
+    draws: Draws | None,
+    stream: int,
+) -> Tensor:
+    """Return units of a parameter in its dtype, rounded as the group's options say."""
+    if draws is None or not group.options["stochastic_rounding"] or p.dtype not in _ROUNDED:
+        return units.to(p.dtype)
+    return round_to(p.dtype, units, draws.bits(stream, p, where))
+
+
 def _set(clock: Tensor, where: Any, step: int) -> None:
     clock[where] = step
 
@@ -272,9 +293,9 @@ def _select(where: _Where, chosen: Tensor) -> _Where:
 
 
 def catch_up_on_reference(
-    p: Tensor,
-    state: Mapping[str, Any],
     group: GroupStep,
+    position: int,
+    state: Mapping[str, Any],
     last_step: Tensor,
     where: _Where,
     until: int | None = None,
@@ -283,7 +304,7 @@ def catch_up_on_reference(
 
     Or with those up to the step ``until``. May be repeated, also after an interrupt.
     """
-    history = group.history
+    p, history = group.params[position], group.history
     assert history is not None
     now = history.steps if until is None else until
     since = reference.current_up_to(last_step)
@@ -296,11 +317,13 @@ def catch_up_on_reference(
         p, last_step, since, behind = (t.unsqueeze(0) for t in (p, last_step, since, behind))
         state = {m.name: state[m.name].unsqueeze(0) for m in group.moments() if m.name in state}
     rows = behind.nonzero()
+    draws = group.draws(position, now)
     chunk = max(_CHUNK * behind.numel() // max(p.numel(), 1), 1)
     for some in rows.split(chunk):
         if len(some) > 0:
             place = tuple(some.unbind(1))
-            finish(_catch_up(p, state, group, last_step, place, since[place].long(), now))
+            since_then = since[place].long()
+            finish(_catch_up(p, state, group, last_step, place, since_then, now, draws))
 
 
 def _catch_up(
@@ -311,6 +334,7 @@ def _catch_up(
     rows: tuple[Tensor, ...],
     since: Tensor,
     now: int,
+    draws: Draws | None,
 ) -> Callable[[], None]:
     """Return what writes rows that have been brought from the step ``since`` to ``now``."""
     assert group.history is not None
@@ -321,6 +345,7 @@ def _catch_up(
         exp_avg = read_moment(p, moments[0], state=state, where=rows)
     arithmetic = reference.arithmetic_dtype(p)
     param = _caught_up(p[rows].to(arithmetic), missed, exp_avg)
+    param = _rounded(p, rows, param, group, draws, PARAMETER + CATCH_UP)
     new = [(p, param), (last_step, reference.brought_to(last_step[rows], now))]
     for moment in moments:
         stored = state[moment.name]

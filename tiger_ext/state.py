@@ -5,7 +5,8 @@
 exp_avg    the parameter's shape        first moment (momentum)
 exp_avg_sq the parameter's shape, or    AdamW: second moment; with second_moment="row" of
            float32, a number a row      parameters of two or more dimensions
-step       0-dim, int64                 AdamW: the parameter's steps so far
+step       0-dim, int64                 AdamW, and where something is rounded stochastically:
+                                        the parameter's steps so far
 window     int32, a number a row or one accumulation: the window it was last part of
 window_rows int64, [row dims, entries]  accumulation with sparse gradients: the rows that the open
                                         window has touched; [0, 0]: see `window`
@@ -29,7 +30,7 @@ from tiger_ext.clocks import GroupClock
 from tiger_ext.group_step import GroupStep, is_row_lazy
 from tiger_ext.huge_pages import advise_huge_pages, is_large_table
 from tiger_ext.moments import converted, new_moment, row_dims
-from tiger_ext.options import algorithm_of
+from tiger_ext.rounding import counts_steps
 
 __all__ = [
     "StateChanges",
@@ -114,7 +115,7 @@ def complete_state(p: Tensor, group: GroupStep, changes: StateChanges) -> dict[s
         if large_table:
             advise_huge_pages(new, in_use=False)
         state[moment.name] = new.zero_()
-    counts = algorithm_of(group.options["algorithm"]).counts_steps and "step" not in state
+    counts = counts_steps(group.options) and "step" not in state
     if group.window:
         _complete_window(p, group, changes)
     if group.history is not None:
@@ -160,7 +161,7 @@ def convert_state(
 
 
 def clock_device(p: Tensor) -> torch.device:
-    """Return where AdamW counts the steps of ``p``: beside it on a GPU, else on the CPU."""
+    """Return where the steps of ``p`` are counted: beside it on a GPU, else on the CPU."""
     return p.device if p.device.type == "cuda" else torch.device("cpu")
 
 

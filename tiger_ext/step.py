@@ -20,7 +20,7 @@ from tiger_ext import _native
 from tiger_ext.capture import check_capture, check_reference, is_capturing
 from tiger_ext.clocks import GroupClock
 from tiger_ext.finish import finish
-from tiger_ext.group_step import GroupStep, is_row_lazy, lacks_kernels
+from tiger_ext.group_step import GroupStep, group_steps, is_row_lazy, lacks_kernels
 from tiger_ext.history import MAX_STEPS
 from tiger_ext.lazy import (
     Counting,
@@ -130,10 +130,8 @@ class Step:
             self._take(closing, closing, lazy, False)
 
     def _begin(self) -> list[GroupStep]:
-        clocks, groups = self._clocks, self._groups
-        for options in self._options:
-            groups.append(GroupStep(len(groups), options, clocks[len(groups)]))
-        return groups
+        self._groups = group_steps(self._options, self._clocks)
+        return self._groups
 
     def _take(
         self, groups: list[GroupStep], closing: list[GroupStep], lazy: list[GroupStep], adds: bool

@@ -467,7 +467,6 @@ def test_adamw_has_no_direction():
 @pytest.mark.parametrize(
     "option",
     [
-        {"stochastic_rounding": True},
         {"momentum_dtype": torch.int8},
     ],
 )

@@ -21,10 +21,12 @@ CODE = sorted(p for p in CSRC.rglob("*") if p.suffix in (".h", ".cuh", ".inl", "
 # A module imports only from lines above its own.
 ORDER = """
 _native options parameters
+rounding
 capture
 reference history tracking progress finish
 clocks
 huge_pages group_step tracking_hooks
+moments
 state
 windows reference_step observers
 lazy loading

@@ -139,7 +139,6 @@ def test_betas_may_be_zero_and_a_list():
 
 PLANNED = {
     "momentum_dtype": [torch.int8],
-    "stochastic_rounding": [True],
 }
 
 
@@ -235,7 +234,7 @@ def test_the_callers_group_and_list_are_not_changed(cls):
 DEFAULTS = {
     "tiger": dict(lr=1e-3, betas=(0.965,), weight_decay=0.01, accumulation_steps=1),
     "lion": dict(lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0),
-    "adamw": dict(lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0),
+    "adamw": dict(lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, second_moment="element"),
 }
 COMMON = dict(
     lazy="frozen",

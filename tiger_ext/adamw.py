@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from tiger_ext.optimizer import MixedOptimizer
-from tiger_ext.options import AdamWLazy, Nonfinite, Rows
+from tiger_ext.options import AdamWLazy, Nonfinite, Rows, SecondMoment
 
 __all__ = ["AdamW"]
 
@@ -53,13 +53,22 @@ class AdamW(MixedOptimizer):
         shrink_ratio: see ``nonfinite``.
         momentum_dtype: storage of the first moment; None: the parameter's dtype; or float32,
             bfloat16, float16. The second moment takes the wider of this and the parameter's dtype.
-        stochastic_rounding: False.
+        second_moment: "element": :math:`v` has the parameter's shape. "row": one float32 a row of
+            parameters of two or more dimensions, the mean of :math:`g^2` over the row in the place
+            of :math:`g^2`. A row is what a sparse gradient's indices select, for a strided gradient
+            an index of the first dimension, or of those that sparse gradients had before. Every
+            gradient then goes by rows.
+        stochastic_rounding: bfloat16 and float16 parameters are rounded up or down at random, so
+            that the mean is right and steps that are smaller than half the distance to the next
+            number are not lost. The bits depend on ``rounding_seed`` (of the group; default:
+            ``torch.initial_seed()``), the parameter's steps and position alone.
         maximize: ascend instead of descend.
         capturable: has no effect on CPU parameters.
         fused: None: native kernels where they exist; True: native, or RuntimeError; False: the
             PyTorch reference.
 
-    State: ``exp_avg``, ``exp_avg_sq`` (the parameter's shape), ``step`` (0-dim int64, on the CPU).
+    State: ``exp_avg``, ``exp_avg_sq`` (the parameter's shape; with ``second_moment="row"`` the
+    rows' shape, ``[rows]``), ``step`` (0-dim int64, on the CPU).
 
     Raises:
         ValueError: an option has an illegal value (the message names argument, value, legal range).
@@ -84,6 +93,7 @@ class AdamW(MixedOptimizer):
         nonfinite: Nonfinite = "propagate",
         shrink_ratio: float = 0.99,
         momentum_dtype: torch.dtype | None = None,
+        second_moment: SecondMoment = "element",
         stochastic_rounding: bool = False,
         maximize: bool = False,
         capturable: bool = False,
@@ -102,6 +112,7 @@ class AdamW(MixedOptimizer):
                 nonfinite=nonfinite,
                 shrink_ratio=shrink_ratio,
                 momentum_dtype=momentum_dtype,
+                second_moment=second_moment,
                 stochastic_rounding=stochastic_rounding,
                 maximize=maximize,
                 capturable=capturable,

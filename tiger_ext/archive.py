@@ -119,19 +119,19 @@ def _check_archive(file: IO[bytes]) -> bool:
         for member in archive.infolist():
             # torch finds members whatever the case of their names.
             if members.setdefault(member.filename.lower(), member) is not member:
-                raise CheckpointError(f"is damaged: it has two members {member.filename!r}")
+                raise CheckpointError(f"is damaged: it has two members {_cut(member.filename)}")
         begins = _data_begins(file, archive)
         folder = next(iter(members), "").partition("/")[0]
         pickled = members.get(f"{folder}/data.pkl")
         if pickled is None:
             raise CheckpointError(
-                f"is a zip archive without {f'{folder}/data.pkl'!r}, expected what torch.save "
+                f"is a zip archive without {_cut(f'{folder}/data.pkl')}, expected what torch.save "
                 "writes"
             )
         if pickled.file_size > max(size, _SMALL_PICKLE):
             raise CheckpointError(
-                f"is refused: its {pickled.filename!r} unpacks to {pickled.file_size} bytes, the "
-                f"whole file has {size}"
+                f"is refused: its {_cut(pickled.filename)} unpacks to {pickled.file_size} bytes, "
+                f"the whole file has {size}"
             )
         if pickled.compress_type == zipfile.ZIP_STORED:
             file.seek(begins[pickled.filename])
@@ -146,13 +146,13 @@ def _check_archive(file: IO[bytes]) -> bool:
             found = members.get(name.lower())
             if found is None:
                 raise CheckpointError(
-                    f"is damaged: it has no member {name!r}, in which {count} bytes of a tensor "
-                    "are to be"
+                    f"is damaged: it has no member {_cut(name)}, in which {count} bytes of a "
+                    "tensor are to be"
                 )
             if found.file_size != count:
                 raise CheckpointError(
-                    f"is damaged: its member {name!r} has {found.file_size} bytes, expected the "
-                    f"{count} of a tensor"
+                    f"is damaged: its member {_cut(name)} has {found.file_size} bytes, expected "
+                    f"the {count} of a tensor"
                 )
             if found.compress_type != zipfile.ZIP_STORED:
                 packed.append(found)
@@ -169,25 +169,25 @@ def _data_begins(file: IO[bytes], archive: zipfile.ZipFile) -> dict[str, int]:
         name, start = member.filename, member.header_offset
         if not before and start != 0:
             raise CheckpointError(
-                f"is damaged: its first member {name!r} is to begin at byte {start}, expected 0"
+                f"is damaged: its first member {_cut(name)} is to begin at byte {start}, expected 0"
             )
         if start < end:
             raise CheckpointError(
-                f"is damaged: its member {name!r} is to begin at byte {start}, but {before} ends "
-                f"at byte {end}"
+                f"is damaged: its member {_cut(name)} is to begin at byte {start}, but {before} "
+                f"ends at byte {end}"
             )
         file.seek(start)
         header = file.read(_LOCAL_HEADER.size)
         if len(header) < _LOCAL_HEADER.size or not header.startswith(_SIGNATURE):
             raise CheckpointError(
-                f"is damaged: at byte {start} there is no header of its member {name!r}"
+                f"is damaged: at byte {start} there is no header of its member {_cut(name)}"
             )
         _, name_length, extra_length = _LOCAL_HEADER.unpack(header)
         begins[name] = start + _LOCAL_HEADER.size + name_length + extra_length
         here = file.read(name_length)
         if here != name.encode("utf-8" if member.flag_bits & 0x800 else "cp437"):
             raise CheckpointError(
-                f"is damaged: its directory has {name!r} at byte {start}, where the file has "
+                f"is damaged: its directory has {_cut(name)} at byte {start}, where the file has "
                 f"{here[:100]!r}"
             )
         if member.flag_bits & 1 or member.compress_type not in (
@@ -195,21 +195,27 @@ def _data_begins(file: IO[bytes], archive: zipfile.ZipFile) -> dict[str, int]:
             zipfile.ZIP_DEFLATED,
         ):
             raise CheckpointError(
-                f"cannot be read: its member {name!r} is encrypted or compressed by method "
+                f"cannot be read: its member {_cut(name)} is encrypted or compressed by method "
                 f"{member.compress_type}, expected 0 (stored) or 8 (deflated)"
             )
         if member.compress_type == zipfile.ZIP_STORED and member.compress_size != member.file_size:
             raise CheckpointError(
-                f"is damaged: its member {name!r} is stored in {member.compress_size} bytes, but "
-                f"is to have {member.file_size}"
+                f"is damaged: its member {_cut(name)} is stored in {member.compress_size} bytes, "
+                f"but is to have {member.file_size}"
             )
-        end, before = begins[name] + member.compress_size, f"its member {name!r}"
+        end, before = begins[name] + member.compress_size, f"its member {_cut(name)}"
     if end > archive.start_dir:
         raise CheckpointError(
             f"is damaged: {before} ends at byte {end}, but its directory begins at byte "
             f"{archive.start_dir}"
         )
     return begins
+
+
+def _cut(name: Any) -> str:
+    """Return how messages print a name from a file, which may be of any length."""
+    text = repr(name)
+    return text if len(text) <= 100 else f"{text[:60]}...{text[-20:]}"
 
 
 def _check_packed(archive: zipfile.ZipFile, packed: list[zipfile.ZipInfo]) -> None:
@@ -337,7 +343,7 @@ class _Survey(pickle._Unpickler):
         if self.bytes_of.setdefault(key, size) != size:
             raise CheckpointError(
                 f"is damaged: its pickle asks for {self.bytes_of[key]} and for {size} bytes of the "
-                f"same data {key!r}"
+                f"same data {_cut(key)}"
             )
         return _Made(0, elements=count)
 
@@ -360,7 +366,7 @@ class _Survey(pickle._Unpickler):
             or (name.endswith("._rebuild_sparse_tensor") and _has_shared(args))
         ):
             raise CheckpointError(
-                f"is refused: its pickle calls {name!r} with what may take any time or memory"
+                f"is refused: its pickle calls {_cut(name)} with what may take any time or memory"
             )
         if name.endswith("._rebuild_from_type_v2") and len(args) > 2:
             return self._made(args[0], args[2])

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from tiger_ext import _native
-from tiger_ext.options import algorithm_of
 from tiger_ext.parameters import parameter_name
+from tiger_ext.rounding import counts_steps
 
 __all__ = ["check_capture", "check_reference", "is_capturing"]
 
@@ -93,7 +93,7 @@ def check_reference(
         and group.get("scale") != "rms_rows"
         and group["lazy"] == "frozen"
         and group["nonfinite"] == "propagate"
-        and not algorithm_of(group["algorithm"]).counts_steps
+        and not counts_steps(group)
         and all(t is None for t in amp)
     )
     if not works:
@@ -104,5 +104,5 @@ def check_reference(
             f"{label}: the step is being captured in a CUDA graph, but this update runs on the "
             f"reference ({reason}). That works only for Tiger and Lion with strided gradients, "
             "rows=None, scale=None or 'rms', lazy='frozen', nonfinite='propagate', and without "
-            "GradScaler: else the reference waits for the GPU"
+            "stochastic rounding and GradScaler: else the reference waits for the GPU"
         )

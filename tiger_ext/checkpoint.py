@@ -40,7 +40,7 @@ from torch import Tensor
 from tiger_ext.archive import CheckpointError, load_checked, open_regular
 from tiger_ext.health import HealthReport, Table, report_on
 from tiger_ext.history import MAX_STEPS
-from tiger_ext.options import MOMENTS
+from tiger_ext.options import MOMENTS, REDUCIBLE
 
 __all__ = ["CheckpointError", "checkpoint_health"]
 
@@ -345,9 +345,11 @@ def _state(state: Any, values: Tensor, name: str, room: _Room) -> dict[str, Tens
             continue
         if not isinstance(state[moment], Tensor) or not _is_dense(state[moment]):
             raise _wrong(f"the state {moment} {where}", state[moment], "a dense tensor on the CPU")
-        if state[moment].shape != values.shape:
+        shape = state[moment].shape
+        by_rows = moment in REDUCIBLE and values.dim() >= 2 and 0 < len(shape) <= values.dim()
+        if shape != (values.shape[: len(shape)] if by_rows else values.shape):
             raise CheckpointError(
-                f"its 'optimizer' has {moment} of shape {list(state[moment].shape)} for the "
+                f"its 'optimizer' has {moment} of shape {list(shape)} for the "
                 f"model's {reprlib.repr(name)} of shape {list(values.shape)}: they do not belong "
                 "together"
             )

@@ -36,6 +36,7 @@ class GroupClock:
         frozen: of parameters that do not take part (``requires_grad`` is False): the step up to
             which they did.
         clocked: the parameters that have, or had, a ``last_step``.
+        storage: the options by which moments were stored in the last step; None: there was none.
         versions: where no kernels are used: the implementations and versions of parameters, to
             notice other writers.
         warned: the parameters of which it need not be said (again) that others wrote to rows that
@@ -49,6 +50,7 @@ class GroupClock:
         "history",
         "micro_steps",
         "params",
+        "storage",
         "versions",
         "warned",
         "windows",
@@ -62,6 +64,7 @@ class GroupClock:
         self.begins: dict[Tensor, int] = {}
         self.frozen: dict[Tensor, int] = {}
         self.clocked: set[Tensor] = set()
+        self.storage: tuple[Any, ...] | None = None
         self.versions: dict[Tensor, tuple[int, int]] = {}
         self.warned: set[Tensor] = set()
 

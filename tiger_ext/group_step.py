@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any
 
@@ -13,8 +14,28 @@ from tiger_ext.clocks import PLACEHOLDERS, GroupClock
 from tiger_ext.history import History
 from tiger_ext.options import Moment, algorithm_of, direction_scale, moments_of
 from tiger_ext.parameters import parameter_name
+from tiger_ext.rounding import Draws, keep_seed, rounds
 
-__all__ = ["GroupStep", "is_row_lazy"]
+__all__ = ["GroupStep", "group_steps", "is_row_lazy", "lacks_kernels"]
+
+
+def lacks_kernels(options: Mapping[str, Any]) -> str | None:
+    """Return which option of a group has no native kernels, so that the reference is used."""
+    if options.get("second_moment", "element") != "element":
+        return f"second_moment={options['second_moment']!r}"
+    if options["stochastic_rounding"]:
+        return "stochastic_rounding=True"
+    return None
+
+
+def group_steps(groups: Iterable[dict[str, Any]], clocks: Iterable[GroupClock]) -> list[GroupStep]:
+    """Return the groups of an optimizer for one step."""
+    steps: list[GroupStep] = []
+    number = 0
+    for options, clock in zip(groups, clocks, strict=True):
+        steps.append(GroupStep(len(steps), options, clock, number))
+        number += len(options["params"])
+    return steps
 
 
 class GroupStep:
@@ -29,6 +50,7 @@ class GroupStep:
         options: the parameter group.
         clock: what the optimizer counts for it.
         params: its parameters.
+        number: that of the first of them among all of the optimizer's.
         history: the steps of a group in a lazy mode; None: it is frozen.
         window: the accumulation window's number, from 1; 0: no accumulation.
         micro_step: the step's number in its window, from 1.
@@ -46,15 +68,20 @@ class GroupStep:
         "micro_step",
         "micro_steps",
         "native",
+        "number",
         "options",
         "params",
         "whole",
         "window",
     )
 
-    def __init__(self, index: int, options: dict[str, Any], clock: GroupClock) -> None:
+    def __init__(
+        self, index: int, options: dict[str, Any], clock: GroupClock, number: int = 0
+    ) -> None:
         """Derive what follows from the options; a lazy group's history begins here."""
         self.index = index
+        self.number = number
+        keep_seed(options)
         self.options = options
         self.clock = clock
         self.params: list[Tensor] = options["params"]
@@ -70,7 +97,11 @@ class GroupStep:
             self.window = clock.windows + 1
             self.micro_step = clock.micro_steps + 1
             self.closes = self.micro_step >= self.micro_steps
-        self.native = _native.C is not None and options["fused"] is not False
+        self.native = (
+            _native.C is not None
+            and options["fused"] is not False
+            and lacks_kernels(options) is None
+        )
 
     @property
     def counts_in_history(self) -> bool:
@@ -85,6 +116,17 @@ class GroupStep:
         for key in keys:
             if key not in self.options:
                 self.options[key] = PLACEHOLDERS[key]
+
+    def draws(self, position: int, step: int) -> Draws | None:
+        """Return the random bits for the parameter at a position; None: nothing is rounded."""
+        if not rounds(self.options):
+            return None
+        return Draws(self.options["rounding_seed"], step, self.number + position)
+
+    @property
+    def storage(self) -> tuple[Any, ...]:
+        """Return the options that say how moments are stored by rows."""
+        return (self.options.get("second_moment"),)
 
     @property
     def in_window(self) -> bool:

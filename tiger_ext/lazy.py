@@ -14,11 +14,12 @@ from tiger_ext import _native
 from tiger_ext.capture import is_capturing
 from tiger_ext.finish import finish
 from tiger_ext.group_step import GroupStep, is_row_lazy
-from tiger_ext.options import algorithm_of
+from tiger_ext.moments import check_shapes
 from tiger_ext.progress import Progress
 from tiger_ext.reference import brought_to, current_up_to
 from tiger_ext.reference_step import catch_up_on_reference
-from tiger_ext.state import StateChanges, check_shapes, complete_state
+from tiger_ext.rounding import counts_steps
+from tiger_ext.state import StateChanges, complete_state, convert_state
 from tiger_ext.tracking import UsedRows
 
 __all__ = [
@@ -85,7 +86,7 @@ def catch_up(
             check_shapes(p, state)
         except RuntimeError as error:
             raise RuntimeError(f"{group.name(position)}: {error}") from None
-        catch_up_on_reference(p, state, group, last_step, where, until)
+        catch_up_on_reference(group, position, state, last_step, where, until)
         note_version(group, position)
         if progress is not None:
             progress(rows)
@@ -156,6 +157,8 @@ def make_current(
         changes = StateChanges(states, what)
         try:
             complete_state(p, group, changes)
+            for fill in convert_state(p, group, changes):
+                fill()
         except BaseException:
             finish(changes.take_back)
             raise
@@ -379,7 +382,7 @@ def _count(group: GroupStep, found_inf: Tensor | None, mark: tuple[int, int]) ->
 
 def _idle_counters(group: GroupStep, states: Mapping[Tensor, Any]) -> list[Tensor]:
     """Return the counters of parameters that train without a gradient: every step counts."""
-    if not algorithm_of(group.options["algorithm"]).counts_steps:
+    if not counts_steps(group.options):
         return []
     idle = (
         states.get(p, {}).get("step") for p in group.params if p.requires_grad and p.grad is None

@@ -62,7 +62,10 @@ class Lion(MixedOptimizer):
         shrink_ratio: see ``nonfinite``.
         momentum_dtype: storage of the momentum; None: the parameter's dtype; or float32, bfloat16,
             float16.
-        stochastic_rounding: False.
+        stochastic_rounding: bfloat16 and float16 parameters are rounded up or down at random, so
+            that the mean is right and steps that are smaller than half the distance to the next
+            number are not lost. The bits depend on ``rounding_seed`` (of the group; default:
+            ``torch.initial_seed()``), the parameter's steps and position alone.
         maximize: ascend instead of descend.
         capturable: has no effect on CPU parameters.
         fused: None: native kernels where they exist; True: native, or RuntimeError; False: the

@@ -12,8 +12,18 @@ from torch import Tensor
 
 from tiger_ext.clocks import PLACEHOLDERS, Clocks, GroupClock
 from tiger_ext.history import MAX_STEPS, History
-from tiger_ext.options import ALGORITHMS, FLOATS, Algorithm, algorithm_of, check_lazy, check_option
+from tiger_ext.moments import is_row_wise
+from tiger_ext.options import (
+    ALGORITHMS,
+    FLOATS,
+    OTHER_OPTIONS,
+    algorithm_of,
+    check_lazy,
+    check_option,
+)
 from tiger_ext.parameters import parameter_name
+from tiger_ext.reference import arithmetic_dtype
+from tiger_ext.rounding import keep_seed
 from tiger_ext.state import clock_device, unlisted
 
 __all__ = ["Loaded", "fill_in"]
@@ -94,6 +104,7 @@ class Loaded:
         """Take over the copies; ``groups`` are those that torch has loaded."""
         for group, each in zip(groups, self._states, strict=True):
             group.update({key: PLACEHOLDERS[key] for key in PLACEHOLDERS if key in group})
+            keep_seed(group)
             for p, own in zip(group["params"], each, strict=True):
                 if own:
                     state[p] = own
@@ -135,7 +146,7 @@ def _checked_group(index: int, saved: Mapping[str, Any], own: Mapping[str, Any])
     if own["lazy"] != "frozen" and saved.get("lazy", "frozen") == "frozen":
         merged["lazy"] = own["lazy"]
     try:
-        for option in (*algorithm.defaults, "shrink_to"):
+        for option in (*algorithm.defaults, *OTHER_OPTIONS):
             if option in merged:
                 check_option(option, merged[option], algorithm)
         check_lazy({**algorithm.defaults, **merged})
@@ -194,8 +205,9 @@ def _checked_state(
         elif name in moments and not isinstance(value, Tensor):
             _refuse(where, name, value, "a tensor")
         elif isinstance(value, Tensor):
-            _check_moment(where, name, value, p, algorithm)
-            own[name] = value.detach().to(p.device, copy=True)
+            by_rows = _check_moment(where, name, value, p, group)
+            dtype = arithmetic_dtype(p) if by_rows else value.dtype
+            own[name] = value.detach().to(p.device, dtype, copy=True)
         else:
             own[name] = value
     if clock.frozen.get(p, now) < clock.begins.get(p, 0):
@@ -206,6 +218,18 @@ def _checked_state(
         del own["window"]
         own.pop("window_rows", None)
     _check_rows(where, own, p, clock.windows + 1, now)
+    for moment in algorithm.moments:
+        if (
+            last_step is not None
+            and moment.name in own
+            and own[moment.name].dim() < last_step.dim()
+        ):
+            _refuse(
+                where,
+                moment.name,
+                list(own[moment.name].shape),
+                f"the shape of last_step, {list(last_step.shape)}, or of more rows",
+            )
     if last_step is not None:
         clock.clocked.add(p)
     window = own.get("window")
@@ -218,23 +242,33 @@ def _checked_state(
     return own
 
 
-def _check_moment(where: str, name: Any, value: Tensor, p: Tensor, algorithm: Algorithm) -> None:
-    moments = [moment.name for moment in algorithm.moments]
-    foreign = name not in moments
-    if foreign and value.shape != p.shape:
-        return  # a user's own
-    if foreign:
+def _check_moment(
+    where: str, name: Any, value: Tensor, p: Tensor, group: Mapping[str, Any]
+) -> bool:
+    """Return whether it is a number a row."""
+    algorithm = algorithm_of(group["algorithm"])
+    moment = next((m for m in algorithm.moments if m.name == name), None)
+    if moment is None:
+        if value.shape != p.shape:
+            return False  # a user's own
         _refuse(
             where,
             str(name),
             f"a tensor {list(value.shape)}",
-            f"a state of {algorithm.name}: {', '.join(moments)}",
+            f"a state of {algorithm.name}: {', '.join(m.name for m in algorithm.moments)}",
         )
-    if value.shape != p.shape:
-        _refuse(where, name, list(value.shape), f"the parameter's shape {list(p.shape)}")
+    by_rows = is_row_wise(p, moment, group)
+    option = ""
+    if moment.reducible:
+        option = f" (second_moment={group.get('second_moment', 'element')!r})"
+    if by_rows and not (value.dim() > 0 and value.shape == p.shape[: value.dim()]):
+        _refuse(where, name, list(value.shape), f"the first dimensions of {list(p.shape)}{option}")
+    if not by_rows and value.shape != p.shape:
+        _refuse(where, name, list(value.shape), f"the parameter's shape {list(p.shape)}{option}")
     if value.dtype not in FLOATS:
         _refuse(where, name, value.dtype, "float32, float64, bfloat16 or float16")
     _check_readable(where, name, value, p)
+    return by_rows
 
 
 def _check_readable(where: str, name: str, value: Tensor, p: Tensor) -> None:

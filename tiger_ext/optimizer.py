@@ -19,11 +19,11 @@ from tiger_ext import _native, lazy, observers
 from tiger_ext.capture import is_capturing
 from tiger_ext.clocks import Clocks, without_placeholders
 from tiger_ext.finish import finish
-from tiger_ext.group_step import GroupStep
+from tiger_ext.group_step import GroupStep, group_steps, lacks_kernels
 from tiger_ext.loading import Loaded, fill_in
+from tiger_ext.moments import check_shapes
 from tiger_ext.options import ALGORITHMS, algorithm_of, complete_group, plain_option
 from tiger_ext.parameters import check_memory, check_tensors
-from tiger_ext.state import check_shapes
 from tiger_ext.step import Step
 from tiger_ext.tracking import TrackedTables, UsedRows
 from tiger_ext.tracking_hooks import TrackingHandle, find_table
@@ -195,15 +195,16 @@ class MixedOptimizer(torch.optim.Optimizer):
     def _step_supports_amp_scaling(self) -> bool:
         """Whether GradScaler may leave the division by its scale to the step: to the kernels."""
         return _native.C is not None and all(
-            group["fused"] is not False and _native.has_kernels(group["params"][0].device.type)
+            group["fused"] is not False
+            and lacks_kernels(group) is None
+            and _native.has_kernels(group["params"][0].device.type)
             for group in self.param_groups
             if group["params"]
         )
 
     def _group_steps(self) -> list[GroupStep]:
         clocks = self._clocks.of(self.param_groups, self.state)
-        each = zip(self.param_groups, clocks, strict=True)
-        return [GroupStep(index, group, clock) for index, (group, clock) in enumerate(each)]
+        return group_steps(self.param_groups, clocks)
 
     def _begin_clocks(self) -> None:
         for group in self._group_steps():
@@ -433,7 +434,8 @@ class _Reader:
             grad_mode = _is_grad_enabled()
             try:
                 _set_grad_enabled(False)
-                group = GroupStep(found[0], options, found[1])
+                number = sum(len(group["params"]) for group in groups[: found[0]])
+                group = GroupStep(found[0], options, found[1], number)
                 lazy.make_current(
                     group, found[1].params[p], optimizer.state, optimizer._reading(), ids
                 )

@@ -24,6 +24,7 @@ Rows = Literal["nonzero", "tracked"]
 Scale = Literal["rms", "rms_rows"]
 Direction = Literal["sign", "clip", "power", "atan"]
 Nonfinite = Literal["propagate", "skip", "shrink", "raise"]
+SecondMoment = Literal["element", "row"]
 
 _SHARED: dict[str, Any] = {
     "lazy": "frozen",
@@ -54,12 +55,14 @@ class Moment:
         optional: whether it is not stored where that beta is 0.
         wide: whether it is stored in the parameter's dtype at least; ``1 - beta`` is too small a
             step for a narrower type.
+        reducible: whether ``second_moment="row"`` keeps one number a row of it.
     """
 
     name: str
     beta: int
     optional: bool = False
     wide: bool = False
+    reducible: bool = False
 
 
 @dataclass(frozen=True)
@@ -124,13 +127,14 @@ ALGORITHMS: dict[str, Algorithm] = {
             beta_count=2,
             moments=(
                 Moment("exp_avg", 0, optional=True),
-                Moment("exp_avg_sq", -1, wide=True),
+                Moment("exp_avg_sq", -1, wide=True, reducible=True),
             ),
             defaults={
                 "lr": 1e-3,
                 "betas": (0.9, 0.999),
                 "eps": 1e-8,
                 "weight_decay": 0.0,
+                "second_moment": "element",
                 **_SHARED,
             },
             counts_steps=True,
@@ -138,24 +142,29 @@ ALGORITHMS: dict[str, Algorithm] = {
     )
 }
 
+# What only groups have, where it is not the default.
+OTHER_OPTIONS = ("shrink_to", "rounding_seed")
+
 # What parameters, gradients and moments may store.
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-# The names of all state tensors of a parameter's shape.
+# The names of all state tensors of a parameter's shape; of those that may be a number a row.
 MOMENTS = tuple(dict.fromkeys(m.name for row in ALGORITHMS.values() for m in row.moments))
+REDUCIBLE = {m.name for row in ALGORITHMS.values() for m in row.moments if m.reducible}
 
 # What kappa is when `direction_scale` is None.
 DIRECTION_SCALES = {"sign": 1.0, "clip": 1e4, "power": 0.5, "atan": 1e4}
 
 # Keys of a parameter group that are no options of an algorithm but known: torch's own, what LR
-# schedulers write, the target of nonfinite="shrink", the clock of accumulation windows, and the
-# history of lazy modes.
+# schedulers write, the target of nonfinite="shrink", the seed of stochastic rounding, the clock of
+# accumulation windows, and the history of lazy modes.
 _OTHER_KEYS = frozenset(
     {
         "params",
         "param_names",
         "algorithm",
         "shrink_to",
+        "rounding_seed",
         "initial_lr",
         "swa_lr",
         "max_lr",
@@ -241,6 +250,7 @@ def _one_of(names: Any, *more: None) -> Callable[[Any], bool]:
 
 
 _INT32 = torch.iinfo(torch.int32).max  # what the steps of a window are counted in
+SEEDS = 2**63 - 1  # the largest seed
 
 # name -> (is it legal?, what is legal)
 _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -257,12 +267,18 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
         ),
         "None, torch.float32, torch.bfloat16 or torch.float16",
     ),
+    "stochastic_rounding": (_flag, "True or False"),
+    "rounding_seed": (
+        lambda v: isinstance(v, Integral) and not isinstance(v, bool) and 0 <= int(v) <= SEEDS,
+        f"an integer >= 0 and <= {SEEDS}",
+    ),
     "maximize": (_flag, "True or False"),
     "capturable": (_flag, "True or False"),
     "fused": (lambda v: v is None or _flag(v), "None, True or False"),
     "rows": (_one_of(Rows, None), "None, 'nonzero' or 'tracked'"),
     "lazy": (_one_of(Lazy), "one of 'frozen', 'decay', 'exact'"),
     "scale": (_one_of(Scale, None), "None, 'rms' or 'rms_rows'"),
+    "second_moment": (_one_of(SecondMoment), "'element' or 'row'"),
     "direction": (_one_of(Direction), "one of 'sign', 'clip', 'power', 'atan'"),
     "nonfinite": (
         _one_of(Nonfinite),
@@ -278,16 +294,8 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
 }
 
-# Options whose other values come with later versions: the only value that works now, or None where
-# _CHECKS has the legal ones, and what will come.
-_NOT_YET: dict[str, tuple[Any, tuple[Any, ...]]] = {
-    "stochastic_rounding": (False, (True,)),
-    "momentum_dtype": (None, (torch.int8,)),
-}
-
-
-def _is_planned(name: str, value: Any) -> bool:
-    return any(type(value) is type(later) and value == later for later in _NOT_YET[name][1])
+# Options with a value that comes with a later version, and this value.
+_NOT_YET: dict[str, Any] = {"momentum_dtype": torch.int8}
 
 
 def check_option(name: str, value: Any, algorithm: Algorithm) -> None:
@@ -302,17 +310,10 @@ def check_option(name: str, value: Any, algorithm: Algorithm) -> None:
             )
         return
     plain = _without_numpy(value)
-    if name in _NOT_YET:
-        only = _NOT_YET[name][0]
-        if _is_planned(name, plain):
-            raise ValueError(
-                f"{name}={value!r} is planned but does not exist in this version of tiger_ext; "
-                f"use {name}={only!r}"
-            )
-        if name not in _CHECKS:
-            if type(plain) is not type(only) or plain != only:
-                raise ValueError(f"{name}={_shown(value)}: expected {only!r}")
-            return
+    if name in _NOT_YET and plain is _NOT_YET[name]:
+        raise ValueError(
+            f"{name}={value!r} is planned but does not exist in this version of tiger_ext"
+        )
     legal, expected = _CHECKS[name]
     if not legal(plain):
         raise ValueError(f"{name}={_shown(value)}: expected {expected}")
@@ -422,8 +423,9 @@ def complete_group(
             name, complete.get(name, defaults.get(name, value)), algorithm
         )
     check_lazy(complete)
-    if "shrink_to" in complete:
-        complete["shrink_to"] = plain_option("shrink_to", complete["shrink_to"], algorithm)
+    for name in OTHER_OPTIONS:
+        if name in complete:
+            complete[name] = plain_option(name, complete[name], algorithm)
     return complete
 
 
@@ -432,7 +434,7 @@ def _check_unknown(key: Any, algorithm: Algorithm) -> None:
     owners = [a.name for a in ALGORITHMS.values() if key in a.defaults]
     if owners:
         raise TypeError(f"{algorithm.name} has no option {key!r} (only {', '.join(owners)} has it)")
-    options = ["params", "algorithm", "shrink_to", *algorithm.defaults]
+    options = ["params", "algorithm", *OTHER_OPTIONS, *algorithm.defaults]
     options += [name for a in ALGORITHMS.values() for name in a.defaults]
     near = difflib.get_close_matches(key, options, 1, 0.8) if isinstance(key, str) else []
     # Trainers write "weight_decay_mult" beside "weight_decay"; "betas_" has no word more.

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from tiger_ext.group_step import GroupStep
-from tiger_ext.lazy import catch_up, note_version, thaw
+from tiger_ext.lazy import note_version, thaw
 from tiger_ext.reference_step import ReferenceUpdate
 
 __all__ = ["Pass"]
@@ -20,21 +21,20 @@ class Pass:
     Attributes:
         native: the native step, or None.
         on_reference: the updates beside it.
-        behind: group, position and last_step of parameters whose rows must be brought up to date
-            before.
-        thawing: likewise of frozen parameters that train again.
+        before: what is done first, each once: rows are brought up to date, state is divided anew.
+        thawing: group, position, last_step and state of frozen parameters that train again.
         rewritten: group and position of those to which others have written.
     """
 
-    __slots__ = ("behind", "native", "on_reference", "rewritten", "thawing")
+    __slots__ = ("before", "native", "on_reference", "rewritten", "thawing")
 
     def __init__(self, native: Any) -> None:
         """Begin with the native step alone."""
         self.native = native
         self.on_reference: list[ReferenceUpdate] = []
         # Most often there are none, and no list is made.
-        self.behind: tuple[tuple[GroupStep, int, Tensor], ...] = ()
-        self.thawing: tuple[tuple[GroupStep, int, Tensor], ...] = ()
+        self.before: tuple[Callable[[], Any], ...] = ()
+        self.thawing: tuple[tuple[GroupStep, int, Tensor, Mapping[str, Any]], ...] = ()
         self.rewritten: tuple[tuple[GroupStep, int], ...] = ()
 
     def cancelled(self, found_inf: Tensor | None) -> bool | None:
@@ -47,11 +47,11 @@ class Pass:
 
     def apply(self, grad_scale: Tensor | None, states: Any) -> None:
         """Write. May be repeated."""
-        for group, position, last_step in self.thawing:
-            thaw(group, position, last_step, states)
-        for group, position, last_step in self.behind:
-            catch_up(group, position, states[group.params[position]], last_step)
-        self.behind = ()  # once the step is counted, they would be brought one step further
+        for group, position, last_step, state in self.thawing:
+            thaw(group, position, last_step, {group.params[position]: state})
+        while self.before:  # once the step is counted, rows would be brought one step further
+            self.before[0]()
+            self.before = self.before[1:]
         if self.native is not None:
             self.native.apply()
         if self.on_reference:

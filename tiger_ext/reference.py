@@ -89,6 +89,7 @@ class Use:
         decays: in an accumulation window: bool ``[units]``, whether a unit's moments decay, which
             they do once in a window.
         micro_steps: the gradient counts for one of so many.
+        row_wise: AdamW's second moment is of the mean square of a row.
     """
 
     lr: float | Tensor
@@ -101,6 +102,7 @@ class Use:
     rms_floor: float | None = None
     decays: Tensor | None = None
     micro_steps: int = 1
+    row_wise: bool = False
 
 
 def sign_momentum(
@@ -138,30 +140,29 @@ def _in_window(beta: float, param: Tensor, use: Use) -> float | Tensor:
 
 
 def catch_up(
-    param: Tensor,
-    moments: list[Tensor],
-    *,
-    decay: Tensor,
-    drift: Tensor | None,
-    factors: list[Tensor],
-    floors: list[float],
-) -> tuple[Tensor, list[Tensor]]:
-    """Return (param, moments) after skipped steps; ``drift`` is None unless they were sign steps.
+    param: Tensor, *, decay: Tensor, drift: Tensor | None = None, exp_avg: Tensor | None = None
+) -> Tensor:
+    """Return the parameter after skipped steps; ``drift`` is None unless they were sign steps.
 
-    ``decay``, ``drift`` and ``factors``, one of each moment and in float64, are broadcast over the
-    rows. A moment that decays does not fall below its floor, so that it never becomes 0 by
-    underflow; it does if its factor is 0.
+    ``decay`` and ``drift`` are broadcast over the rows; ``exp_avg`` has the sign of the steps.
     """
     param = decay * param
     if drift is not None:
-        param = param - drift * sign(moments[0])
-    after = []
-    for m, factor, floor in zip(moments, factors, floors, strict=True):
-        decayed = m * factor.to(m.dtype).clamp(min=torch.finfo(m.dtype).tiny)
-        least = m.abs().clamp(max=floor)
-        kept = torch.where(decayed.abs() < least, torch.copysign(least, m), decayed)
-        after.append(torch.where(factor == 0, m * 0, kept))
-    return param, after
+        assert exp_avg is not None
+        param = param - drift * sign(exp_avg)
+    return param
+
+
+def decayed(moment: Tensor, factor: Tensor, floor: float) -> Tensor:
+    """Return a moment after skipped steps: times a factor, float64, which is broadcast over rows.
+
+    It does not fall below the floor, so that it never becomes 0 by underflow; it does if the factor
+    is 0.
+    """
+    product = moment * factor.to(moment.dtype).clamp(min=torch.finfo(moment.dtype).tiny)
+    least = moment.abs().clamp(max=floor)
+    kept = torch.where(product.abs() < least, torch.copysign(least, moment), product)
+    return torch.where(factor == 0, moment * 0, kept)
 
 
 def current_up_to(last_step: Tensor) -> Tensor:
@@ -194,7 +195,8 @@ def adamw(
     """Return the new (param, [exp_avg, exp_avg_sq]) of AdamW.
 
     Loshchilov & Hutter 2019, arXiv 1711.05101. ``exp_avg`` is None when the first beta is 0. All
-    tensors have one shape and the arithmetic dtype.
+    tensors have one shape and the arithmetic dtype; of a ``row_wise`` second moment the dimensions
+    of a row have length 1.
     """
     exp_avg, exp_avg_sq = moments
     assert exp_avg_sq is not None
@@ -203,11 +205,25 @@ def adamw(
         m = grad
     else:
         m = exp_avg = beta1 * exp_avg + (1 - beta1) * grad
-    exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * grad * grad
+    if use.row_wise:
+        exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * mean_over(grad, exp_avg_sq.shape)
+    else:
+        exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * grad * grad
     m_hat = m / (1 - beta1**use.step)
     v_hat = exp_avg_sq / (1 - beta2**use.step)
     param = (1 - use.lr * use.weight_decay) * param - use.lr * m_hat / (v_hat.sqrt() + use.eps)
     return param, [exp_avg, exp_avg_sq]
+
+
+def mean_over(grad: Tensor, rows: torch.Size) -> Tensor:
+    """Return the mean square of each row, summed in float64, in the dtype of ``grad``.
+
+    ``rows`` is the result's shape, with length 1 in the dimensions of a row.
+    """
+    dims = [d for d in range(grad.dim()) if rows[d] == 1]
+    squares = grad.double().square()
+    sums = squares.sum(dims, keepdim=True) if dims else squares
+    return (sums / max(squares.numel() // max(sums.numel(), 1), 1)).to(grad.dtype)
 
 
 def sum_duplicates(

@@ -14,8 +14,10 @@ from torch import Tensor
 from tiger_ext import reference
 from tiger_ext.finish import finish
 from tiger_ext.group_step import GroupStep, is_row_lazy
+from tiger_ext.history import Missed
+from tiger_ext.moments import check_shapes, is_row_wise, read_moment, stored_dims
 from tiger_ext.options import FLOATS, algorithm_of, direction_scale
-from tiger_ext.state import check_shapes
+from tiger_ext.rounding import CATCH_UP, PARAMETER, Draws, round_to
 
 __all__ = ["ReferenceUpdate", "catch_up_on_reference"]
 
@@ -23,6 +25,7 @@ __all__ = ["ReferenceUpdate", "catch_up_on_reference"]
 _Where = tuple[Tensor, ...] | None
 # What is written once all of it has been computed.
 _Writes = list[Callable[[], Any]]
+_ROUNDED = (torch.bfloat16, torch.float16)  # what stochastic rounding is for
 # How many elements `catch_up_on_reference` takes at a time.
 _CHUNK = 1 << 24
 
@@ -99,48 +102,81 @@ class ReferenceUpdate:
 
     def _computed(self, grad_scale: float) -> _Writes:
         where, grad = self._units()
-        group, options, state = self.group, self.group.options, self.state
+        p, group, options, state = self.param, self.group, self.group.options, self.state
         writes: _Writes = []
-        if self.adds and group.history is not None:
-            catch_up_on_reference(self.param, state, group, state["last_step"], where)
-        param = self._read(self.param, where)
-        decays = torch.ones((param.shape[0],), dtype=torch.bool, device=param.device)
+        step = int(state["step"]) + 1 if "step" in state else 0
+        ages = self.adds and group.history is not None
+        if ages and where is None:
+            catch_up_on_reference(group, self.position, state, state["last_step"], None)
+        decays = torch.ones((grad.shape[0],), dtype=torch.bool, device=p.device)
         if group.window:
-            in_window = self._read(state["window"], where).reshape(-1) == group.window
+            in_window = _read(state["window"], where).reshape(-1) == group.window
             decays = ~in_window
             if not self.adds:  # all rows for which the window is open
                 if where is None and not bool(in_window):
                     return writes
                 where = _select(where, in_window)
-                param, decays = param[in_window], decays[in_window]
-                grad = torch.zeros_like(param)
+                grad, decays = grad[in_window], decays[in_window]
         if self.adds and options["nonfinite"] in ("skip", "shrink"):
             finite = reference.per_unit(torch.isfinite(grad)).all(1)
             if options["nonfinite"] == "shrink":
-                shrunk = reference.shrink(
-                    param[~finite], ratio=options["shrink_ratio"], to=options.get("shrink_to", 0.0)
-                )
-                writes.append(partial(_write, self.param, _select(where, ~finite), shrunk))
+                writes += self._shrink(where, ~finite, ages, step)
             if where is None and not bool(finite):
                 return writes
             where = _select(where, finite)
-            param, grad, decays = param[finite], grad[finite], decays[finite]
-        step = 0
+            grad, decays = grad[finite], decays[finite]
         if "step" in state:
-            step = int(state["step"]) + 1
             writes.append(partial(state["step"].fill_, step))
         if group.window and self.adds:
             number = torch.full_like(decays, group.window, dtype=torch.int32)
             writes.append(partial(_write, state["window"], where, number))
-        writes += self._update(where, param, grad / grad_scale, decays, step)
+        param, moments = self._current(where, ages)
+        writes += self._update(where, param, grad / grad_scale, moments, decays, step)
         if group.history is not None:
             now = group.history.steps + (1 if group.moves(self.adds) else 0)
             place = ... if where is None else where
             writes.append(partial(_set, state["last_step"], place, now))
         return writes
 
+    def _shrink(self, where: _Where, chosen: Tensor, ages: bool, step: int) -> _Writes:
+        """Return what moves units with a NaN or Inf towards ``shrink_to``."""
+        options, state = self.group.options, self.state
+        rows = _select(where, chosen)
+        if ages and rows is not None:
+            catch_up_on_reference(self.group, self.position, state, state["last_step"], rows)
+        units = self._to_arithmetic(_read(self.param, rows))
+        if rows is None:
+            units = units[chosen]
+        shrunk = reference.shrink(
+            units, ratio=options["shrink_ratio"], to=options.get("shrink_to", 0.0)
+        )
+        return [self._write_param(rows, shrunk, step)]
+
+    def _current(self, where: _Where, ages: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return units of the parameter and its moments, rows after the steps they have skipped."""
+        p, group, state = self.param, self.group, self.state
+        param = self._to_arithmetic(_read(p, where))
+        moments = [moment for moment in group.moments() if moment.name in state]
+        read = partial(read_moment, p, state=state, where=where)
+        if not ages or where is None:
+            return param, {moment.name: read(moment) for moment in moments}
+        assert group.history is not None
+        now = group.history.steps
+        since = reference.current_up_to(state["last_step"][where]).long().clamp(max=now)
+        missed = group.history.missed(since, now)
+        behind = (since < now).reshape(_each(param))
+        exp_avg = read(moments[0]) if group.options["lazy"] == "exact" else None
+        param = torch.where(behind, _caught_up(param, missed, exp_avg), param)
+        return param, {m.name: read(m, factor=missed.betas[m.beta]) for m in moments}
+
     def _update(
-        self, where: _Where, param: Tensor, grad: Tensor, decays: Tensor, step: int
+        self,
+        where: _Where,
+        param: Tensor,
+        grad: Tensor,
+        moments: Mapping[str, Tensor],
+        decays: Tensor,
+        step: int,
     ) -> _Writes:
         group, options, state = self.group, self.group.options, self.state
         algorithm = algorithm_of(options["algorithm"])
@@ -156,24 +192,32 @@ class ReferenceUpdate:
             rms_floor=options["rms_floor"] if relative else None,
             decays=decays if group.window else None,
             micro_steps=group.micro_steps,
+            row_wise=any(is_row_wise(self.param, m, options) for m in algorithm.moments),
         )
         stored = {moment.name for moment in group.moments()}
-        names = [moment.name for moment in algorithm.moments]
         update = getattr(reference, algorithm.update)
         new_param, new_moments = update(
             param,
             -grad if options["maximize"] else grad,
-            [self._read(state[name], where) if name in stored else None for name in names],
+            [moments[m.name] if m.name in stored else None for m in algorithm.moments],
             use,
         )
-        written = [
-            (state[name], value)
-            for name, value in zip(names, new_moments, strict=True)
+        writes: _Writes = [
+            partial(_write, state[moment.name], where, value)
+            for moment, value in zip(algorithm.moments, new_moments, strict=True)
             if value is not None
         ]
         if group.moves(self.adds):
-            written.append((self.param, new_param))
-        return [partial(_write, tensor, where, value) for tensor, value in written]
+            writes.append(self._write_param(where, new_param, step))
+        elif group.history is not None and self.adds:  # rows may have caught up
+            writes.append(self._write_param(where, param, step))
+        return writes
+
+    def _write_param(self, where: _Where, units: Tensor, step: int) -> Callable[[], None]:
+        if len(units) > 0:
+            draws = self.group.draws(self.position, step)
+            units = _rounded(self.param, where, units, self.group, draws, PARAMETER)
+        return partial(_write, self.param, where, units)
 
     # A parameter is updated in units: its touched rows, or the whole of it as the only one.
 
@@ -198,24 +242,46 @@ class ReferenceUpdate:
         else:
             if self.group.options.get("scale") == "rms_rows" and p.dim() > 0:
                 row_dims = 1
+            row_dims = row_dims or stored_dims(p, self.group, self.state)
             touched = torch.ones(p.shape[:row_dims], dtype=torch.bool, device=p.device)
         if row_dims == 0:
             return None, g.to(dtype).unsqueeze(0)
         where = touched.nonzero(as_tuple=True)
         return where, g[where].to(dtype)
 
-    def _read(self, tensor: Tensor, where: _Where) -> Tensor:
-        units = tensor.unsqueeze(0) if where is None else tensor[where]
-        return (
-            units.to(reference.arithmetic_dtype(self.param)) if units.is_floating_point() else units
-        )
+    def _to_arithmetic(self, units: Tensor) -> Tensor:
+        return units.to(reference.arithmetic_dtype(self.param))
+
+
+def _read(tensor: Tensor, where: _Where) -> Tensor:
+    return tensor.unsqueeze(0) if where is None else tensor[where]
+
+
+def _each(units: Tensor) -> tuple[int, ...]:
+    """Return the shape of one number a unit that is broadcast over ``units``."""
+    return (-1, *[1] * (units.dim() - 1))
 
 
 def _write(tensor: Tensor, where: _Where, units: Tensor) -> None:
     if where is not None:
-        tensor[where] = units.to(tensor.dtype)
+        place = tensor[where]
+        tensor[where] = units.reshape(place.shape).to(tensor.dtype)
     elif len(units):
         tensor.copy_(units[0])
+
+
+def _rounded(
+    p: Tensor,
+    where: _Where,
+    units: Tensor,
+    group: GroupStep,
+    draws: Draws | None,
+    stream: int,
+) -> Tensor:
+    """Return units of a parameter in its dtype, rounded as the group's options say."""
+    if draws is None or not group.options["stochastic_rounding"] or p.dtype not in _ROUNDED:
+        return units.to(p.dtype)
+    return round_to(p.dtype, units, draws.bits(stream, p, where))
 
 
 def _set(clock: Tensor, where: Any, step: int) -> None:
@@ -227,9 +293,9 @@ def _select(where: _Where, chosen: Tensor) -> _Where:
 
 
 def catch_up_on_reference(
-    p: Tensor,
-    state: Mapping[str, Any],
     group: GroupStep,
+    position: int,
+    state: Mapping[str, Any],
     last_step: Tensor,
     where: _Where,
     until: int | None = None,
@@ -238,7 +304,7 @@ def catch_up_on_reference(
 
     Or with those up to the step ``until``. May be repeated, also after an interrupt.
     """
-    history = group.history
+    p, history = group.params[position], group.history
     assert history is not None
     now = history.steps if until is None else until
     since = reference.current_up_to(last_step)
@@ -251,11 +317,13 @@ def catch_up_on_reference(
         p, last_step, since, behind = (t.unsqueeze(0) for t in (p, last_step, since, behind))
         state = {m.name: state[m.name].unsqueeze(0) for m in group.moments() if m.name in state}
     rows = behind.nonzero()
+    draws = group.draws(position, now)
     chunk = max(_CHUNK * behind.numel() // max(p.numel(), 1), 1)
     for some in rows.split(chunk):
         if len(some) > 0:
             place = tuple(some.unbind(1))
-            finish(_catch_up(p, state, group, last_step, place, since[place].long(), now))
+            since_then = since[place].long()
+            finish(_catch_up(p, state, group, last_step, place, since_then, now, draws))
 
 
 def _catch_up(
@@ -266,28 +334,36 @@ def _catch_up(
     rows: tuple[Tensor, ...],
     since: Tensor,
     now: int,
+    draws: Draws | None,
 ) -> Callable[[], None]:
     """Return what writes rows that have been brought from the step ``since`` to ``now``."""
     assert group.history is not None
     moments = [moment for moment in group.moments() if moment.name in state]
-    stored = [state[moment.name] for moment in moments]
-    arithmetic = reference.arithmetic_dtype(p)
     missed = group.history.missed(since, now)
-    each = (-1, *[1] * (p.dim() - len(rows)))
-    param, caught_up = reference.catch_up(
-        p[rows].to(arithmetic),
-        [s[rows].to(arithmetic) for s in stored],
-        decay=missed.decay.to(arithmetic).reshape(each),
-        drift=(
-            missed.drift.to(arithmetic).reshape(each) if group.options["lazy"] == "exact" else None
-        ),
-        factors=[missed.betas[moment.beta].reshape(each) for moment in moments],
-        floors=[reference.smallest(s.dtype, arithmetic) for s in stored],
-    )
-    clock = reference.brought_to(last_step[rows], now)
+    exp_avg = None
+    if group.options["lazy"] == "exact":
+        exp_avg = read_moment(p, moments[0], state=state, where=rows)
+    arithmetic = reference.arithmetic_dtype(p)
+    param = _caught_up(p[rows].to(arithmetic), missed, exp_avg)
+    param = _rounded(p, rows, param, group, draws, PARAMETER + CATCH_UP)
+    new = [(p, param), (last_step, reference.brought_to(last_step[rows], now))]
+    for moment in moments:
+        stored = state[moment.name]
+        units = stored[rows].to(arithmetic)
+        floor = reference.smallest(stored.dtype, arithmetic)
+        factor = missed.betas[moment.beta].reshape(_each(units))
+        new.append((stored, reference.decayed(units, factor, floor)))
 
     def write() -> None:
-        for tensor, value in zip([*stored, p, last_step], [*caught_up, param, clock], strict=True):
+        for tensor, value in new:
             tensor[rows] = value.to(tensor.dtype)
 
     return write
+
+
+def _caught_up(param: Tensor, missed: Missed, exp_avg: Tensor | None) -> Tensor:
+    """Return units of a parameter after skipped steps, which were sign steps if of ``exp_avg``."""
+    decay, drift = (t.to(param.dtype).reshape(_each(param)) for t in (missed.decay, missed.drift))
+    return reference.catch_up(
+        param, decay=decay, drift=None if exp_avg is None else drift, exp_avg=exp_avg
+    )

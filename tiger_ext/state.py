@@ -3,8 +3,10 @@
 
 ========== ============================ =====================================================
 exp_avg    the parameter's shape        first moment (momentum)
-exp_avg_sq the parameter's shape        AdamW: second moment
-step       0-dim, int64                 AdamW: the parameter's steps so far
+exp_avg_sq the parameter's shape, or    AdamW: second moment; with second_moment="row" of
+           float32, a number a row      parameters of two or more dimensions
+step       0-dim, int64                 AdamW, and where something is rounded stochastically:
+                                        the parameter's steps so far
 window     int32, a number a row or one accumulation: the window it was last part of
 window_rows int64, [row dims, entries]  accumulation with sparse gradients: the rows that the open
                                         window has touched; [0, 0]: see `window`
@@ -17,7 +19,7 @@ last_step  int32, a number a row or one lazy modes: the step up to which it is c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,14 +29,15 @@ from tiger_ext.capture import is_capturing
 from tiger_ext.clocks import GroupClock
 from tiger_ext.group_step import GroupStep, is_row_lazy
 from tiger_ext.huge_pages import advise_huge_pages, is_large_table
-from tiger_ext.options import MOMENTS, algorithm_of
+from tiger_ext.moments import converted, new_moment, row_dims
+from tiger_ext.rounding import counts_steps
 
 __all__ = [
     "StateChanges",
     "WindowError",
-    "check_shapes",
     "clock_device",
     "complete_state",
+    "convert_state",
     "unlisted",
 ]
 
@@ -104,17 +107,15 @@ def complete_state(p: Tensor, group: GroupStep, changes: StateChanges) -> dict[s
     large_table = is_large_table(p)
     if large_table and fresh:
         advise_huge_pages(p, in_use=True)
-    momentum_dtype = group.options["momentum_dtype"] or p.dtype
     for moment in group.moments():
         if moment.name in state:
             continue
         changes.will_set(p, moment.name)
-        dtype = torch.promote_types(momentum_dtype, p.dtype) if moment.wide else momentum_dtype
-        new = torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format)
+        new = new_moment(p, moment, group, row_dims(p, group, state))
         if large_table:
             advise_huge_pages(new, in_use=False)
         state[moment.name] = new.zero_()
-    counts = algorithm_of(group.options["algorithm"]).counts_steps and "step" not in state
+    counts = counts_steps(group.options) and "step" not in state
     if group.window:
         _complete_window(p, group, changes)
     if group.history is not None:
@@ -129,24 +130,44 @@ def complete_state(p: Tensor, group: GroupStep, changes: StateChanges) -> dict[s
     return state
 
 
+def convert_state(
+    p: Tensor, group: GroupStep, changes: StateChanges, *, anew: bool = False
+) -> list[Callable[[], Any]]:
+    """Let moments be stored as the group's options and this step's rows want it.
+
+    Args:
+        p: a parameter whose state is complete, or will not be needed.
+        group: its group.
+        changes: note what is replaced.
+        anew: rows that the state has already do not matter: an option has been changed.
+
+    Returns:
+        What gives them their values, once the rows of the former ones have caught up.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured.
+    """
+    state: dict[str, Any] = changes.state[p]
+    fills = []
+    for moment in group.moments():
+        if moment.name not in state:
+            continue
+        found = converted(p, moment, group, state, anew=anew)
+        if found is not None:
+            changes.will_set(p, moment.name)
+            state[moment.name] = found[0]
+            fills.append(found[1])
+    return fills
+
+
 def clock_device(p: Tensor) -> torch.device:
-    """Return where AdamW counts the steps of ``p``: beside it on a GPU, else on the CPU."""
+    """Return where the steps of ``p`` are counted: beside it on a GPU, else on the CPU."""
     return p.device if p.device.type == "cuda" else torch.device("cpu")
 
 
 def unlisted(p: Tensor) -> Tensor:
     """Return the ``window_rows`` that say "not listed: look at the state `window` of each row"."""
     return torch.empty((0, 0), dtype=torch.int64, device=p.device)
-
-
-def check_shapes(p: Tensor, state: Mapping[str, Any]) -> None:
-    """Raise RuntimeError unless the moments have the parameter's shape."""
-    for name in MOMENTS:
-        if name in state and state[name].shape != p.shape:
-            raise RuntimeError(
-                f"the state {name} has shape {list(state[name].shape)}, the parameter has shape "
-                f"{list(p.shape)}"
-            )
 
 
 def _complete_last_step(p: Tensor, group: GroupStep, changes: StateChanges, fresh: bool) -> None:

@@ -8,8 +8,9 @@ can take run on the reference beside it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,10 +20,11 @@ from tiger_ext import _native
 from tiger_ext.capture import check_capture, check_reference, is_capturing
 from tiger_ext.clocks import GroupClock
 from tiger_ext.finish import finish
-from tiger_ext.group_step import GroupStep, is_row_lazy
+from tiger_ext.group_step import GroupStep, group_steps, is_row_lazy, lacks_kernels
 from tiger_ext.history import MAX_STEPS
 from tiger_ext.lazy import (
     Counting,
+    catch_up,
     is_rewritten,
     look_at_idle,
     note_current_tables,
@@ -30,10 +32,11 @@ from tiger_ext.lazy import (
     prepare_counting,
     warn_if_behind,
 )
+from tiger_ext.moments import check_shapes
 from tiger_ext.options import check_lazy
 from tiger_ext.passes import Pass
 from tiger_ext.reference_step import ReferenceUpdate
-from tiger_ext.state import StateChanges, WindowError, check_shapes, complete_state
+from tiger_ext.state import StateChanges, WindowError, complete_state, convert_state
 from tiger_ext.tracking import TrackedTables
 from tiger_ext.windows import advance_window, window_rows
 
@@ -127,10 +130,8 @@ class Step:
             self._take(closing, closing, lazy, False)
 
     def _begin(self) -> list[GroupStep]:
-        clocks, groups = self._clocks, self._groups
-        for options in self._options:
-            groups.append(GroupStep(len(groups), options, clocks[len(groups)]))
-        return groups
+        self._groups = group_steps(self._options, self._clocks)
+        return self._groups
 
     def _take(
         self, groups: list[GroupStep], closing: list[GroupStep], lazy: list[GroupStep], adds: bool
@@ -193,6 +194,7 @@ class Step:
         if adds and self._tracked:
             self._forget_ids()
         for group in groups:
+            group.clock.storage = group.storage
             if group.window:
                 advance_window(group, self._windows[group.index], states)
             if group.window or group.history is not None:
@@ -233,6 +235,8 @@ class Step:
                 group.history.check_room()
                 if group.clock.frozen:
                     self._prepare_thaw(this, group)
+            if adds and group.storage != group.clock.storage and group.clock.storage is not None:
+                self._convert_all(this, group)
             if adds and group.window > MAX_STEPS:
                 raise OverflowError(f"accumulation windows count at most {MAX_STEPS}")
             rows = _NO_ROWS
@@ -241,14 +245,14 @@ class Step:
             elif group.options["rows"] == "tracked":
                 rows = self._masks(group)
             if not group.native:
-                rest: Iterable[int] = range(len(group.params))
+                rest: Sequence[int] = range(len(group.params))
             else:
                 if adds and group.whole:
                     rest = self._add_parts_to_native(this, group, rows)
                 else:
                     rest = self._add_to_native(this, group, group.rule(adds), rows, None)
-                if rest and group.options["fused"]:
-                    raise RuntimeError(self._why_not_native(group, rest[0]))
+            if rest and group.options["fused"]:
+                raise RuntimeError(self._why_not_native(group, rest[0]))
             if rest:
                 self._add_to_reference(this, group, rest, adds, rows)
             if adds and group.micro_steps > 1:
@@ -329,8 +333,8 @@ class Step:
                 )
             lagging += late
         for position in lagging:
-            last_step = self._changes.state[group.params[position]]["last_step"]
-            this.behind += ((group, position, last_step),)
+            state = self._changes.state[group.params[position]]
+            this.before += (partial(catch_up, group, position, state, state["last_step"]),)
         return rest
 
     def _add_to_reference(
@@ -384,25 +388,36 @@ class Step:
                 )
             with self._labelled(group, position):
                 check_shapes(p, self._changes.state.get(p, {}))
-            last_step = self._changes.state.get(p, {}).get("last_step")
+            before = dict(self._changes.state.get(p, {}))
             self._complete_state(this, group, position)
-            if last_step is None:
-                last_step = self._changes.state[p]["last_step"]
-            this.thawing += ((group, position, last_step),)
+            state = {**self._changes.state[p], **before}
+            this.thawing += ((group, position, state["last_step"], state),)
 
     def _complete_state(self, this: Pass, group: GroupStep, position: int) -> None:
         p = group.params[position]
         states = self._changes.state
-        old = states[p].get("last_step") if p in states else None
+        before = dict(states[p]) if p in states else {}
+        old = before.get("last_step")
         try:
             state = complete_state(p, group, self._changes)
         except WindowError as error:
             raise RuntimeError(f"{self._label(group.index, position)}: {error}") from None
+        fills = convert_state(p, group, self._changes)
         if old is not None and state.get("last_step") is not old:
-            this.behind += ((group, position, old),)  # the rows are divided anew
+            # The rows are divided anew.
+            this.before += (partial(catch_up, group, position, {**state, **before}, old),)
+        this.before += tuple(fills)
+
+    def _convert_all(self, this: Pass, group: GroupStep) -> None:
+        """Let the state be stored as an option that has been changed wants it."""
+        for p in group.params:
+            if p in self._changes.state:
+                this.before += tuple(convert_state(p, group, self._changes, anew=True))
 
     def _why_not_native(self, group: GroupStep, position: int) -> str:
         p, label = group.params[position], self._label(group.index, position)
+        if lacking := lacks_kernels(group.options):
+            return f"{label}: fused=True, but {lacking} has no native kernels yet"
         if p.device.type == "cuda" and not _native.C.build_info()["cuda"]:  # type: ignore[union-attr]
             return (
                 f"{label}: fused=True, but this build of tiger_ext has no CUDA kernels (it was "

@@ -27,9 +27,12 @@ void store_as(void* data, int64_t offset, const int64_t* index, int64_t n, const
   }
 }
 
+// What works on a whole block is not inlined: there are many callers.
+
 // n elements from `offset` (then through `index`, if given) as T, into out.
 template <typename T>
-void load(const Stream& s, int64_t offset, const int64_t* index, int64_t n, T* out) {
+__attribute__((noinline)) void load(const Stream& s, int64_t offset, const int64_t* index,
+                                    int64_t n, T* out) {
   switch (s.storage) {
     case Storage::kFloat32:
       return load_as<T, float>(s.data, offset, index, n, out);
@@ -45,7 +48,8 @@ void load(const Stream& s, int64_t offset, const int64_t* index, int64_t n, T* o
 }
 
 template <typename T>
-void store(const Stream& s, int64_t offset, const int64_t* index, int64_t n, const T* in) {
+__attribute__((noinline)) void store(const Stream& s, int64_t offset, const int64_t* index,
+                                     int64_t n, const T* in) {
   switch (s.storage) {
     case Storage::kFloat32:
       return store_as<T, float>(s.data, offset, index, n, in);
@@ -77,8 +81,9 @@ void store_rounded_as(void* data, int64_t offset, const int64_t* index, int64_t 
 
 // Elements `first`, first + 1, ... of the unit `random`, of a parameter in half precision.
 template <typename T>
-void store_rounded(const Stream& s, int64_t offset, const int64_t* index, int64_t n, const T* in,
-                   const RandomUnit& random, int64_t first) {
+__attribute__((noinline)) void store_rounded(const Stream& s, int64_t offset, const int64_t* index,
+                                             int64_t n, const T* in, const RandomUnit& random,
+                                             int64_t first) {
   if (s.storage == Storage::kBFloat16)
     store_rounded_as<T, BFloat16>(s.data, offset, index, n, in, random, first);
   else store_rounded_as<T, Float16>(s.data, offset, index, n, in, random, first);
@@ -86,7 +91,7 @@ void store_rounded(const Stream& s, int64_t offset, const int64_t* index, int64_
 
 // The bits of the largest magnitude, in float32, of which those of Inf and NaN are larger.
 template <typename T>
-uint32_t largest_bits(const T* __restrict x, int64_t n) {
+__attribute__((noinline)) uint32_t largest_bits(const T* __restrict x, int64_t n) {
   uint32_t largest = 0;
   for (int64_t i = 0; i < n; ++i) {
     const uint32_t bits = float_bits(static_cast<float>(x[i])) & 0x7FFFFFFFu;
@@ -97,8 +102,9 @@ uint32_t largest_bits(const T* __restrict x, int64_t n) {
 
 // Elements `first`, first + 1, ... of the unit `random`, whose scale is given.
 template <typename T>
-void quantise(const Stream& s, int64_t offset, const int64_t* index, int64_t n, const T* in,
-              float scale, const RandomUnit& random, int64_t first) {
+__attribute__((noinline)) void quantise(const Stream& s, int64_t offset, const int64_t* index,
+                                        int64_t n, const T* in, float scale,
+                                        const RandomUnit& random, int64_t first) {
   int8_t* __restrict target = static_cast<int8_t*>(s.data) + offset;
   const uint32_t c = static_cast<uint32_t>(first);
   const float inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
@@ -117,8 +123,8 @@ void quantise(const Stream& s, int64_t offset, const int64_t* index, int64_t n, 
 
 // Elements of a momentum in int8.
 template <typename T>
-void load_scaled(const Stream& s, int64_t offset, const int64_t* index, int64_t n, float scale,
-                 T* out) {
+__attribute__((noinline)) void load_scaled(const Stream& s, int64_t offset, const int64_t* index,
+                                           int64_t n, float scale, T* out) {
   load(s, offset, index, n, out);
   for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(static_cast<float>(out[i]) * scale);
 }
@@ -178,7 +184,7 @@ class Block {
 
   // `scale`: of the first state if it is in int8.
   template <typename Rule>
-  TIGER_EXT_INLINE void update(const Rule& rule, const T* grad, float scale = 0.0f) {
+  __attribute__((noinline)) void update(const Rule& rule, const T* grad, float scale = 0.0f) {
     T* pointers[kMaxStates] = {s_[0], s_[1]};
     if (moves_param(rule)) load(param_, at_.param, at_.param_index, n_, p_);
     for (int k = 0; k < kStates; ++k) {
@@ -214,8 +220,9 @@ class Block {
 };
 
 template <typename T, typename Rule>
-void apply_converted(const Rule& rule, const T* grad, const Stream& param, const Stream* states,
-                     const BlockPlace& at, int64_t n) {
+__attribute__((noinline)) void apply_converted(const Rule& rule, const T* grad, const Stream& param,
+                                               const Stream* states, const BlockPlace& at,
+                                               int64_t n) {
   Block<T, Rule::kStates> block(param, states, at, n);
   block.update(rule, grad);
   if (moves_param(rule)) block.store_param();

@@ -57,9 +57,10 @@ inline Mixture mixture_of(Storage grad, Storage param, const Stream* states, int
 
 // Of contiguous elements, from the given places on.
 template <typename Rule>
-void apply_mixture(Mixture mixture, const Rule& rule, const void* grad, const Stream& param,
-                   int64_t param_offset, const Stream* states, const int64_t* state_offsets,
-                   int64_t n) {
+__attribute__((noinline)) void apply_mixture(Mixture mixture, const Rule& rule, const void* grad,
+                                             const Stream& param, int64_t param_offset,
+                                             const Stream* states, const int64_t* state_offsets,
+                                             int64_t n) {
   const auto run = [&]<typename G, typename P, typename S, typename Last>() {
     const G* const g = static_cast<const G*>(grad);
     P* const p = static_cast<P*>(param.data) + param_offset;
@@ -94,6 +95,11 @@ void apply_mixture(Mixture mixture, const Rule& rule, const void* grad, const St
   else run_in.template operator()<Float16>();
 }
 
-// Whether a rule has these loops: the common ones do.
+// Whether a rule has these loops: the common ones do, where the processor converts.
+#if defined(TIGER_EXT_AVX2) || defined(TIGER_EXT_AVX512)
 template <typename T, typename Rule>
 constexpr bool kMixes = sizeof(T) == 4 && kIsOfGroups<Rule> && !Rule::kDirected;
+#else
+template <typename T, typename Rule>
+constexpr bool kMixes = false;
+#endif

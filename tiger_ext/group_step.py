@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tiger_ext import _native
@@ -19,8 +20,10 @@ from tiger_ext.rounding import Draws, keep_seed, rounds
 __all__ = ["GroupStep", "group_steps", "is_row_lazy", "lacks_kernels"]
 
 
-def lacks_kernels(options: Mapping[str, Any]) -> str | None:
-    """Return which option of a group has no native kernels, so that the reference is used."""
+def lacks_kernels(options: Mapping[str, Any], device: torch.device) -> str | None:
+    """Return which option of a group has no native kernels there, so that the reference is used."""
+    if device.type == "cpu":
+        return None
     if options.get("second_moment", "element") != "element":
         return f"second_moment={options['second_moment']!r}"
     if options["stochastic_rounding"]:
@@ -97,11 +100,7 @@ class GroupStep:
             self.window = clock.windows + 1
             self.micro_step = clock.micro_steps + 1
             self.closes = self.micro_step >= self.micro_steps
-        self.native = (
-            _native.C is not None
-            and options["fused"] is not False
-            and lacks_kernels(options) is None
-        )
+        self.native = _native.C is not None and options["fused"] is not False
 
     @property
     def counts_in_history(self) -> bool:
@@ -162,6 +161,7 @@ class GroupStep:
             self.window,
             self.micro_steps,
             adds,
+            self.number,
         )
 
     def name(self, position: int) -> str:

@@ -113,7 +113,17 @@ def _catch_up_natively(
         end = min(begin + chunk, rows)
         try:
             there = _native.C.catch_up(
-                p, states, last_step, rule, history.native(), position, ids, begin, end, until
+                p,
+                states,
+                last_step,
+                rule,
+                history.native(),
+                position,
+                ids,
+                begin,
+                end,
+                until,
+                state.get("exp_avg_scale"),
             )
         except _native.C.UpdateError as error:
             raise _native.translated(error, lambda *_: group.name(position)) from None

@@ -196,7 +196,7 @@ class MixedOptimizer(torch.optim.Optimizer):
         """Whether GradScaler may leave the division by its scale to the step: to the kernels."""
         return _native.C is not None and all(
             group["fused"] is not False
-            and lacks_kernels(group) is None
+            and lacks_kernels(group, group["params"][0].device) is None
             and _native.has_kernels(group["params"][0].device.type)
             for group in self.param_groups
             if group["params"]

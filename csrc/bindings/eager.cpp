@@ -291,7 +291,7 @@ class Step {
       if (form.row_key && complete) complete = read(own, form.row_key, u.row_moment);
       if (complete && form.states > 0 && u.states[0].scalar_type() == at::kChar)
         complete = read(own, scale_key, u.scale);
-      if ((form.counts_steps || rounds || u.scale.defined()) && complete)
+      if ((form.counts_steps || rule.counts_roundings() || u.scale.defined()) && complete)
         complete = read(own, step_key, u.step);
       if (rule.window && complete) complete = read(own, window_key, u.window);
       if (lazy && complete)

@@ -113,6 +113,9 @@ struct RuleParams {
   int64_t stretch_count = 0;
   const HistoryClock* clock = nullptr;  // on a GPU: has all of the above
 
+  // Whether parameters have a counter for what is rounded stochastically.
+  TIGER_EXT_INLINE bool counts_roundings() const { return rounds || quantises; }
+
   // The step up to which a row is current after its update.
   TIGER_EXT_INLINE int32_t updated() const { return moves ? current + 1 : current; }
 

@@ -146,7 +146,7 @@ inline void check_states(const Update& u) {
              param.device(), " of the parameter's first dimensions, one number a row");
   }
   const bool steps = u.grad.defined() || u.indices.defined();
-  if ((rule.counts_steps || u.rounds()) && steps &&
+  if ((rule.counts_steps || u.rule.counts_roundings()) && steps &&
       !(u.step.defined() && u.step.scalar_type() == at::kLong && u.step.numel() == 1 &&
         u.step.device() == param.device() && u.step.layout() == at::kStrided && is_plain(u.step) &&
         holds_its_elements(u.step)))

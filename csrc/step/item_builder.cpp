@@ -168,7 +168,7 @@ void ItemBuilder::add_direct(const Update& u, RuleUse rule) {
 Rounding ItemBuilder::rounding_of(const Update& u) {
   Rounding rounding;
   rounding.momentum = u.scale.defined();
-  rounding.param = u.rule.rounds && u.rounds() && u.param.element_size() == 2;
+  rounding.param = u.rule.rounds && u.param.element_size() == 2;
   rounding.seed = u.rule.seed;
   rounding.position = u.rule.first + u.position;
   if (u.step.defined()) rounding.steps = u.step.const_data_ptr<int64_t>();

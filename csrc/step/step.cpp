@@ -41,11 +41,6 @@ UpdateError nonfinite_gradient(UpdatePlace place) {
   return {UpdateError::Kind::kNonfinite, place, "the gradient has a NaN or Inf"};
 }
 
-bool Update::rounds() const {
-  return scale.defined() || (rule.rounds && (param.scalar_type() == at::kBFloat16 ||
-                                             param.scalar_type() == at::kHalf));
-}
-
 bool has_row_scales(const Update& u) {
   const int64_t dims = u.scale.defined() ? u.scale.dim() : 0;
   return dims > 0 && dims <= u.param.dim() && u.scale.sizes() == u.param.sizes().slice(0, dims);

@@ -51,9 +51,6 @@ struct Update {
   bool coalesced = false;  // whether `indices` are said to be sorted and unique
   int group = 0;           // where the parameter stands, for messages
   int position = 0;
-
-  // Whether something of it is rounded stochastically.
-  bool rounds() const;
 };
 
 // A check that failed; the caller knows the parameter's name and completes the sentence.

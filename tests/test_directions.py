@@ -461,16 +461,3 @@ def test_adamw_has_no_direction():
         AdamW([parameter(3)], direction="clip")
     with pytest.raises(TypeError, match=r"adamw.*direction"):
         Tiger([{"params": [parameter(3)], "algorithm": "adamw", "direction": "clip"}])
-
-
-@pytest.mark.parametrize("cls", [Tiger, Lion])
-@pytest.mark.parametrize(
-    "option",
-    [
-        {"momentum_dtype": torch.int8},
-    ],
-)
-def test_options_of_later_versions_are_still_refused(cls, option):
-    ((name, value),) = option.items()
-    with pytest.raises(ValueError, match=rf"{name}.*{re.escape(repr(value))}.*planned"):
-        cls([parameter(3)], direction="clip", **option)

@@ -137,25 +137,6 @@ def test_betas_may_be_zero_and_a_list():
             opt.step()
 
 
-PLANNED = {
-    "momentum_dtype": [torch.int8],
-}
-
-
-@pytest.mark.parametrize(
-    "cls,name,value",
-    [
-        pytest.param(cls, name, value, id=f"{cls.__name__}-{name}={value}")
-        for cls in CLASSES
-        for name, values in PLANNED.items()
-        for value in values
-    ],
-)
-def test_planned_values_are_refused_as_planned(cls, name, value):
-    with pytest.raises(ValueError, match=rf"{name}.*{re.escape(repr(value))}.*planned"):
-        cls([parameter(3)], **{name: value})
-
-
 @pytest.mark.parametrize(
     "cls,key",
     [

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What state costs: a second moment of one number a row; parameters that are rounded at random.
+"""What state costs: a second moment of one number a row; int8; parameters rounded at random.
 
 The models here are written from the specification, in float64 and one row after the other.
 """
@@ -17,6 +17,7 @@ from oracle import same_bits
 from torch.nn import Parameter
 
 from tiger_ext import AdamW, Lion, Tiger, health_report
+from tiger_ext.group_step import lacks_kernels
 
 
 @pytest.fixture(params=[None, False], ids=["native", "reference"])
@@ -530,6 +531,17 @@ def test_the_random_bits_are_those_that_the_documents_define():
     assert [random_bits(s, 1, 0, 2, 3) for s in range(3)] == [0xEE0087A6, 0x5FB8B2E, 0x1B21F7A]
 
 
+def momentum(p, state):
+    """Return the first moment of a contiguous parameter in float64."""
+    m = state["exp_avg"].double().numpy().copy()
+    if "exp_avg_scale" in state:
+        scale = state["exp_avg_scale"].double().numpy()
+        if scale.shape == (-(-p.numel() // 256), 1):
+            return m * np.repeat(scale, 256)[: p.numel()].reshape(m.shape)
+        return m * scale.reshape(*scale.shape, *[1] * (m.ndim - scale.ndim))
+    return m
+
+
 class SignModel:
     """Steps of Lion, or of Tiger with one beta, each from what the optimizer has before it."""
 
@@ -540,9 +552,8 @@ class SignModel:
         self.beta1, self.beta2 = self.group["betas"][0], self.group["betas"][-1]
 
     def before(self):
-        m = self.opt.state.get(self.p, {}).get("exp_avg")
-        shape = self.p.shape
-        self.m = np.zeros(shape) if m is None else m.double().numpy().copy()
+        state = self.opt.state.get(self.p, {})
+        self.m = momentum(self.p, state) if state else np.zeros(self.p.shape)
         self.theta = self.p.detach().double().numpy().copy()
 
     def catch_up(self, rows):
@@ -893,3 +904,564 @@ def test_other_seeds_are_refused(value):
 def test_stochastic_rounding_is_a_flag(cls, value):
     with pytest.raises(ValueError, match=r"^stochastic_rounding=.*expected True or False"):
         cls([parameter(3)], stochastic_rounding=value)
+
+
+# ------------------------------------------------------------------------------- int8 momentum
+
+
+def check_quantised(q, scale, exact, units, stream, t, position=0):
+    """Check int8 numbers ``[units, n]`` and their scales against the float64 values."""
+    exact = np.asarray(exact, dtype=np.float64)
+    assert q.dtype == torch.int8 and scale.dtype == torch.float32
+    certain = 0
+    for numbers, s, values, unit in zip(q.tolist(), scale.tolist(), exact, units, strict=True):
+        largest = np.abs(values).max()
+        assert s == pytest.approx(max(largest / 127, 2.0**-126) if largest > 0 else 0, rel=1e-5)
+        for place, (number, value) in enumerate(zip(numbers, values, strict=True)):
+            if s == 0:
+                assert number == 0
+                continue
+            draw = ((random_bits(stream, t, position, unit, place) >> 16) + 0.5) / 65536
+            y = value / s + draw
+            if abs(y - round(y)) > 2e-3:
+                certain += 1
+                assert number == min(max(math.floor(y), -127), 127), (unit, place, y)
+    assert certain > 0.95 * sum(n for s, n in zip(scale.tolist(), [q.shape[1]] * len(q)) if s > 0)
+
+
+def seeded_int8(cls, params, **options):
+    return cls([{"params": params, "rounding_seed": SEED}], momentum_dtype=torch.int8, **options)
+
+
+@pytest.mark.parametrize("cls,betas", SIGN_RULES, ids=["tiger", "lion"])
+@pytest.mark.parametrize("lazy", ["frozen", "decay", "exact"])
+@pytest.mark.parametrize("gradients", ["sparse", "nonzero", "strided"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_int8_momentum_has_a_scale_for_each_row(fused, cls, betas, lazy, gradients, dtype):
+    p = parameter(12, 9, dtype=dtype)
+    rows = "nonzero" if gradients == "nonzero" else None
+    options = dict(lr=1e-3, betas=betas, weight_decay=0.5, lazy=lazy, rows=rows, fused=fused)
+    opt = seeded_int8(cls, [p], **options)
+    model = SignModel(opt, p)
+    for t in range(1, 6):
+        model.before()
+        grad = sparse_grad(p, 7).coalesce()
+        touched = rows_of(grad)
+        if gradients == "strided" and t > 1:  # after a sparse one it goes by rows, too
+            touched = rows_of(grad.to_dense())
+        p.grad = grad if gradients == "sparse" or (t == 1 and rows is None) else grad.to_dense()
+        before = copy.deepcopy(opt.state[p]) if t > 1 else None
+        exact = model.step(touched)
+        opt.step()
+        state, chosen = opt.state[p], sorted(touched)
+        assert state["exp_avg"].shape == p.shape and state["exp_avg_scale"].shape == (12,)
+        tolerance = 1e-12 if dtype == torch.float64 else 1e-6
+        np.testing.assert_allclose(p.detach().numpy()[chosen], exact[chosen], atol=tolerance)
+        q, scale = state["exp_avg"][chosen], state["exp_avg_scale"][chosen]
+        check_quantised(q, scale, model.m[chosen], chosen, 1, t)
+        others = [row for row in range(12) if row not in touched]
+        if before:
+            for name in ("exp_avg", "exp_avg_scale"):
+                assert same_bits(state[name][others], before[name][others])
+        assert int(state["step"]) == t
+    model.before()
+    model.catch_up(range(12))
+    q = opt.state[p]["exp_avg"].clone()
+    opt.flush()
+    assert same_bits(opt.state[p]["exp_avg"], q)
+    np.testing.assert_allclose(momentum(p, opt.state[p]), model.m, rtol=1e-5)
+    np.testing.assert_allclose(p.detach().numpy(), model.theta, atol=1e-6)
+
+
+@pytest.mark.parametrize("cls,betas", SIGN_RULES, ids=["tiger", "lion"])
+def test_an_int8_momentum_has_a_scale_for_each_block(fused, cls, betas):
+    p = parameter(30, 20)
+    opt = seeded_int8(cls, [parameter(2), p], lr=1e-3, betas=betas, weight_decay=0.5, fused=fused)
+    model = SignModel(opt, p)
+    for t in range(1, 5):
+        model.before()
+        p.grad = dense_grad(p)
+        exact = model.step(rows_of(p.grad))
+        opt.step()
+        state = opt.state[p]
+        np.testing.assert_allclose(p.detach().numpy(), exact, atol=1e-6)
+        assert state["exp_avg_scale"].shape == (3, 1)
+        scale = state["exp_avg_scale"][:, 0]
+        values, q = model.m.reshape(-1), state["exp_avg"].reshape(-1)
+        check_quantised(
+            q[:512].reshape(2, 256),
+            scale[:2],
+            values[:512].reshape(2, 256),
+            [0, 1],
+            1,
+            t,
+            position=1,
+        )
+        check_quantised(q[None, 512:], scale[2:], values[None, 512:], [2], 1, t, position=1)
+
+
+# A parameter of 600 elements that lies in memory in a certain way, and the elements in that order.
+LAYOUTS = {
+    "transposed": (lambda t: t.reshape(30, 20).t(), lambda t: t.t()),
+    "every-second": (
+        lambda t: torch.stack([t, t], -1).reshape(30, 40)[:, ::2],
+        lambda t: t,
+    ),
+    "channels-last": (
+        lambda t: t.reshape(5, 6, 10, 2).to(memory_format=torch.channels_last),
+        lambda t: t.permute(0, 2, 3, 1),
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_blocks_are_of_neighbours_in_memory(fused, layout):
+    laid_out, in_order = LAYOUTS[layout]
+    p = Parameter(laid_out(torch.randn(600)))
+    flat = Parameter(in_order(p.detach()).reshape(-1).clone())
+    opt, other = (seeded_int8(Tiger, [x], fused=fused) for x in (p, flat))
+    for _ in range(3):
+        p.grad = torch.randn(p.shape)
+        flat.grad = in_order(p.grad).reshape(-1).clone()
+        opt.step()
+        other.step()
+    expected = other.state[flat]
+    assert same_bits(in_order(opt.state[p]["exp_avg"]).reshape(-1), expected["exp_avg"])
+    assert same_bits(opt.state[p]["exp_avg_scale"], expected["exp_avg_scale"])
+    assert same_bits(in_order(p.detach()).reshape(-1), flat.detach())
+
+
+def test_a_parameter_that_is_laid_out_anew_keeps_its_int8_momentum(fused):
+    p = parameter(5, 7, 4, 4)
+    opt = seeded_int8(Tiger, [p], lr=0.0, betas=(0.5,), fused=fused)
+    p.grad = dense_grad(p)
+    opt.step()
+    expected = torch.tensor(momentum(p, opt.state[p]))
+    largest = float(opt.state[p]["exp_avg_scale"].max())
+    p.data = p.data.to(memory_format=torch.channels_last)
+    p.grad = torch.zeros_like(p)
+    opt.step()
+    state = opt.state[p]
+    assert state["exp_avg"].is_contiguous(memory_format=torch.channels_last)
+    flat = Parameter(p.detach().permute(0, 2, 3, 1).reshape(-1))
+    blocks = {
+        "exp_avg": state["exp_avg"].permute(0, 2, 3, 1).reshape(-1),
+        "exp_avg_scale": state["exp_avg_scale"],
+    }
+    found = torch.tensor(momentum(flat, blocks)).reshape(5, 4, 4, 7).permute(0, 3, 1, 2)
+    assert float((found - 0.5 * expected).abs().max()) <= 2 * largest
+
+
+@pytest.mark.parametrize("gradients", ["dense", "sparse"])
+def test_a_window_gathers_in_int8(fused, gradients):
+    p = parameter(6, 50)
+    options = dict(lr=1e-3, betas=(0.9,), weight_decay=0.5, accumulation_steps=2, fused=fused)
+    opt = seeded_int8(Tiger, [p], **options)
+    theta = p.detach().double().numpy().copy()
+    for window in range(2):
+        for k in range(2):
+            old = momentum(p, opt.state[p]) if opt.state.get(p) else np.zeros((6, 50))
+            grad = dense_grad(p)
+            touched = range(6)
+            if gradients == "sparse":
+                touched = range(2 + window)
+                grad[2 + window :] = 0
+                grad = grad[: 2 + window].clone()
+                grad = torch.sparse_coo_tensor([list(touched)], grad, p.shape)
+            p.grad = grad
+            new = old.copy()
+            for row, g in rows_of(grad, touched).items():
+                new[row] = (0.9 if k == 0 else 1.0) * old[row] + 0.1 * g / 2
+            before = p.detach().clone()
+            opt.step()
+            t = 3 * window + k + 1
+            state, chosen = opt.state[p], list(touched)
+            if gradients == "sparse":
+                q, scale = state["exp_avg"][chosen], state["exp_avg_scale"][chosen]
+                check_quantised(q, scale, new[chosen], chosen, 1, t)
+            else:
+                q, values = state["exp_avg"].reshape(-1), new.reshape(-1)
+                check_quantised(
+                    q[None, :256], state["exp_avg_scale"][0], values[None, :256], [0], 1, t
+                )
+            assert k == 1 or same_bits(p.detach(), before)
+        m = momentum(p, opt.state[p])
+        theta[chosen] = (1 - 5e-4) * theta[chosen] - 1e-3 * np.sign(m[chosen])
+        np.testing.assert_allclose(p.detach().numpy(), theta, atol=1e-6)
+
+
+def test_adamw_keeps_its_first_moment_in_int8(fused):
+    p = parameter(8, 7)
+    opt = seeded_int8(AdamW, [p], **HYPER, second_moment="row", fused=fused)
+    model = RowWiseAdamW(p.detach().double().numpy(), **HYPER)
+    for t in range(1, 4):
+        if t > 1:
+            model.m = momentum(p, opt.state[p])
+        p.grad = sparse_grad(p, 6).coalesce()
+        touched = rows_of(p.grad)
+        model.step(touched)
+        opt.step()
+        chosen, state = sorted(touched), opt.state[p]
+        check_quantised(
+            state["exp_avg"][chosen], state["exp_avg_scale"][chosen], model.m[chosen], chosen, 1, t
+        )
+        np.testing.assert_allclose(p.detach().numpy(), model.p, atol=1e-5)
+    for beta1, names in ((0.5, {"exp_avg", "exp_avg_scale"}), (0.0, set())):
+        p = parameter(3, 4, dtype=torch.bfloat16)
+        opt = AdamW([p], betas=(beta1, 0.9), momentum_dtype=torch.int8, fused=fused)
+        p.grad = dense_grad(p)
+        opt.step()
+        assert opt.state[p].keys() == {"exp_avg_sq", "step", *names}
+        assert opt.state[p]["exp_avg_sq"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("layout", ["dense", "sparse"])
+def test_the_mean_of_an_int8_momentum_is_right(fused, layout):
+    rows, dim = 1024, 1024
+    p = Parameter(torch.zeros(rows, dim))
+    opt = Tiger([p], lr=0.0, betas=(0.0,), momentum_dtype=torch.int8, fused=fused)
+    g = torch.full((rows, dim), 12.3)
+    g[:, ::256] = 127.0
+    p.grad = g if layout == "dense" else coo(list(range(rows)), g, p.shape)
+    opt.step()
+    m = opt.state[p]["exp_avg"].double()
+    assert (opt.state[p]["exp_avg_scale"] == 1).all()
+    assert (m[:, ::256] == 127).all()
+    drawn = m[g != 127]
+    assert set(drawn.unique().tolist()) == {12.0, 13.0}
+    share = float(np.float32(12.3)) - 12
+    error = math.sqrt(share * (1 - share) / drawn.numel())
+    assert drawn.numel() > 1e6 and abs(float(drawn.mean()) - 12 - share) < 4 * error
+
+
+def test_an_int8_momentum_keeps_what_it_can_hold(fused):
+    p = Parameter(torch.zeros(3, 255))
+    opt = Tiger([p], lr=0.0, betas=(0.0,), momentum_dtype=torch.int8, rows="nonzero", fused=fused)
+    numbers = torch.arange(-127, 128).float()
+    p.grad = torch.stack([numbers * 2.0**-20, numbers * 2.0**90, 0 * numbers])
+    opt.step()
+    state = opt.state[p]
+    assert state["exp_avg_scale"].tolist() == [2.0**-20, 2.0**90, 0.0]
+    assert torch.equal(state["exp_avg"][0].float(), numbers)
+    assert torch.equal(state["exp_avg"][1].float(), numbers)
+    assert not state["exp_avg"][2].any()
+
+
+def test_the_smallest_int8_momenta_are_subnormal_numbers_no_more(fused):
+    p = Parameter(torch.zeros(2, 5))
+    opt = Tiger([p], lr=0.0, betas=(0.0,), momentum_dtype=torch.int8, rows="nonzero", fused=fused)
+    p.grad = torch.tensor([[1e-44] * 5, [2.0**-120] * 5])
+    opt.step()
+    state = opt.state[p]
+    assert float(state["exp_avg_scale"][0]) == 2.0**-126
+    assert state["exp_avg"][0].max() <= 1 and float(state["exp_avg_scale"][1]) == 2.0**-126
+    assert (state["exp_avg"][1] == 64).all()
+
+
+@pytest.mark.parametrize("lazy", ["decay", "exact"])
+def test_an_int8_momentum_that_decays_keeps_its_signs(fused, lazy):
+    p = Parameter(torch.zeros(2, 3))
+    opt = Tiger(
+        [p],
+        lr=1e-3,
+        betas=(0.5,),
+        weight_decay=0.0,
+        lazy=lazy,
+        momentum_dtype=torch.int8,
+        fused=fused,
+    )
+    p.grad = coo([0, 1], [[1.0, -1.0, 0.0]] * 2, p.shape)
+    opt.step()
+    q = opt.state[p]["exp_avg"][0].clone()
+    for _ in range(200):
+        p.grad = coo([1], torch.ones(1, 3), p.shape)
+        opt.step()
+    opt.flush()
+    state = opt.state[p]
+    assert float(state["exp_avg_scale"][0]) == 2.0**-126 and same_bits(state["exp_avg"][0], q)
+    expected = 0.001 if lazy == "decay" else 0.201
+    torch.testing.assert_close(p.detach()[0], torch.tensor([-expected, expected, 0.0]))
+
+
+@pytest.mark.parametrize("nonfinite", ["propagate", "skip", "shrink", "raise"])
+@pytest.mark.parametrize("layout", ["sparse", "strided"])
+def test_nonfinite_rows_of_an_int8_momentum(fused, nonfinite, layout):
+    p = parameter(4, 3)
+    options = dict(nonfinite=nonfinite, shrink_ratio=0.5, momentum_dtype=torch.int8, fused=fused)
+    opt = Tiger([p], rows="nonzero", **options)
+    p.grad = dense_grad(p)
+    opt.step()
+    bad = dense_grad(p)
+    bad[1, 2] = math.nan
+    p.grad = bad if layout == "strided" else bad.to_sparse(1)
+    before = copy.deepcopy(opt)
+    (old,) = before.param_groups[0]["params"]
+    if nonfinite == "raise":
+        with pytest.raises(FloatingPointError):
+            opt.step()
+        assert_same(opt, before)
+        return
+    opt.step()
+    q, scale = opt.state[p]["exp_avg"], opt.state[p]["exp_avg_scale"]
+    assert scale[[0, 2, 3]].isfinite().all() and p[[0, 2, 3]].isfinite().all()
+    if nonfinite == "propagate":
+        assert math.isnan(scale[1]) and not q[1].any()
+        assert p[1].isnan().tolist() == [False, False, True]
+        p.grad = torch.ones(4, 3)
+        opt.step()  # all of the row is NaN: that is never hidden
+        assert p[1].isnan().all() and p[[0, 2, 3]].isfinite().all()
+    else:
+        assert same_bits(q[1], before.state[old]["exp_avg"][1])
+        assert same_bits(scale[1], before.state[old]["exp_avg_scale"][1])
+
+
+def test_the_first_sparse_gradient_gives_each_row_a_scale(fused):
+    p = parameter(30, 20)
+    opt = seeded_int8(Tiger, [p], lr=0.0, betas=(0.5,), fused=fused)
+    p.grad = dense_grad(p)
+    opt.step()
+    old = momentum(p, opt.state[p])
+    p.grad = coo([], torch.zeros(0, 20), p.shape)
+    opt.step()
+    state = opt.state[p]
+    assert state["exp_avg_scale"].shape == (30,)
+    check_quantised(state["exp_avg"], state["exp_avg_scale"], old, range(30), 5, 2)
+    old = momentum(p, state)
+    p.grad = torch.zeros(30, 20)
+    opt.step()  # by rows, all of them
+    assert state["exp_avg_scale"].shape == (30,)
+    check_quantised(state["exp_avg"], state["exp_avg_scale"], 0.5 * old, range(30), 1, 3)
+
+
+def test_scales_are_divided_anew_with_the_rows(fused):
+    p = parameter(4, 5, 6)
+    opt = seeded_int8(Tiger, [p], lr=0.0, betas=(0.5,), lazy="decay", fused=fused)
+    p.grad = dense_grad(p)
+    opt.step()
+    m = momentum(p, opt.state[p])
+    for t, dims in enumerate((2, 1, 3, 2), start=2):
+        none = torch.zeros(dims, 0, dtype=torch.int64)
+        values = torch.zeros(0, *p.shape[dims:])
+        p.grad = torch.sparse_coo_tensor(none, values, p.shape)
+        opt.step()
+        state = opt.state[p]
+        assert state["exp_avg_scale"].shape == p.shape[:dims] == state["last_step"].shape
+        rows = math.prod(p.shape[:dims])
+        # All rows have caught up with the steps before this one.
+        m = m * (0.5 if t > 2 else 1.0)
+        q, scale = state["exp_avg"].reshape(rows, -1), state["exp_avg_scale"].reshape(-1)
+        check_quantised(q, scale, m.reshape(rows, -1), range(rows), 5, t)
+        m = momentum(p, state)
+
+
+@pytest.mark.parametrize("cls", [Tiger, Lion, AdamW])
+@pytest.mark.parametrize("layout", ["strided", "sparse"])
+def test_a_changed_momentum_dtype_keeps_the_momentum(fused, cls, layout):
+    p = parameter(6, 40)
+    opt = cls([p], lr=0.0, fused=fused)
+
+    def step():
+        p.grad = torch.zeros(6, 40) if layout == "strided" else coo([], torch.zeros(0, 40), p.shape)
+        opt.step()
+
+    p.grad = dense_grad(p)
+    opt.step()
+    step()
+    old = opt.state[p]["exp_avg"].clone()
+    opt.param_groups[0]["momentum_dtype"] = torch.int8
+    step()
+    state = opt.state[p]
+    beta = opt.param_groups[0]["betas"][0 if cls is AdamW else -1]
+    factor = beta if layout == "strided" else 1.0
+    assert state["exp_avg"].dtype == torch.int8
+    found = momentum(p, state)
+    np.testing.assert_allclose(
+        found, factor * old.double().numpy(), atol=float(old.abs().max()) / 60
+    )
+    opt.param_groups[0]["momentum_dtype"] = torch.float32
+    step()
+    assert "exp_avg_scale" not in opt.state[p]
+    torch.testing.assert_close(opt.state[p]["exp_avg"].double(), torch.tensor(found) * factor)
+
+
+INT8 = [
+    pytest.param(cls, dict(options, momentum_dtype=torch.int8), id=f"{cls.__name__}-{name}")
+    for cls in (Tiger, Lion, AdamW)
+    for name, options in {
+        "frozen": {},
+        "decay": {"lazy": "decay"},
+        "nonzero": {"rows": "nonzero"},
+        "stochastic": {"stochastic_rounding": True},
+    }.items()
+] + [
+    pytest.param(Tiger, dict(momentum_dtype=torch.int8, accumulation_steps=3), id="accumulation"),
+    pytest.param(Tiger, dict(momentum_dtype=torch.int8, lazy="exact"), id="exact"),
+    pytest.param(Tiger, dict(momentum_dtype=torch.int8, scale="rms_rows"), id="rms_rows"),
+    pytest.param(Tiger, dict(momentum_dtype=torch.int8, scale="rms"), id="rms"),
+    pytest.param(
+        Tiger,
+        dict(momentum_dtype=torch.int8, lazy="decay", accumulation_steps=2),
+        id="decay-accumulation",
+    ),
+    pytest.param(
+        AdamW, dict(momentum_dtype=torch.int8, second_moment="row", lazy="decay"), id="row-decay"
+    ),
+]
+
+
+@pytest.mark.parametrize("cls,options", INT8)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_saved_run_with_int8_momentum_goes_on_with_the_same_bits(fused, cls, options, dtype):
+    check_saved_run(lambda: cls(model_of(dtype), **options, fused=fused))
+
+
+def test_threads_do_not_matter_to_int8_momenta(fused):
+    runs = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        torch.manual_seed(6)
+        params = [parameter(100, 64), parameter(40000)]
+        opt = Lion(params, momentum_dtype=torch.int8, fused=fused)
+        train(opt, 0, 3)
+        runs.append(opt)
+    assert_same(*runs)
+
+
+@pytest.mark.parametrize("dim", [64, 256])
+@pytest.mark.parametrize("layout", ["dense", "sparse"])
+def test_an_int8_momentum_costs_little_more_than_a_byte(fused, dim, layout):
+    p = parameter(1000, dim)
+    opt = Tiger([p], momentum_dtype=torch.int8, fused=fused)
+    p.grad = dense_grad(p) if layout == "dense" else sparse_grad(p, 30)
+    opt.step()
+    assert sum(t.nbytes for t in opt.state[p].values()) <= 0.28 * p.nbytes
+
+
+def spoil(saved, **changes):
+    state = saved["state"][0]
+    for name, value in changes.items():
+        if value is None:
+            state.pop(name)
+        else:
+            state[name] = value
+    return saved
+
+
+def int8_optimizer(fused, **options):
+    p = parameter(30, 20)
+    opt = Tiger([p], momentum_dtype=torch.int8, **options, fused=fused)
+    p.grad = dense_grad(p)
+    opt.step()
+    return opt
+
+
+BAD_SCALES = {
+    "shape": (
+        dict(exp_avg_scale=torch.ones(29)),
+        r"exp_avg_scale: got \[29\].*\[30, 20\].*\[3, 1\]",
+    ),
+    "blocks": (dict(exp_avg_scale=torch.ones(4, 1)), r"exp_avg_scale: got \[4, 1\]"),
+    "dtype": (dict(exp_avg_scale=torch.ones(30, dtype=torch.int64)), r"got torch.int64, expected"),
+    "number": (dict(exp_avg_scale=1.0), r"exp_avg_scale: got 'float'"),
+    "missing": (dict(exp_avg_scale=None), r"exp_avg_scale: got None, expected a tensor"),
+    "float": (dict(exp_avg=torch.ones(30, 20)), r"exp_avg: got torch.float32, expected torch.int8"),
+    "alone": (dict(exp_avg=None), r"exp_avg: got None, expected torch.int8"),
+    "size": (dict(exp_avg=torch.ones(30, 21, dtype=torch.int8)), r"exp_avg: got \[30, 21\]"),
+    "uint8": (dict(exp_avg=torch.ones(30, 20, dtype=torch.uint8)), r"exp_avg: got torch.uint8"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SCALES)
+def test_loading_refuses_int8_momenta_that_do_not_fit(fused, case):
+    changes, said = BAD_SCALES[case]
+    opt = int8_optimizer(fused)
+    before = copy.deepcopy(opt)
+    with pytest.raises(ValueError, match=rf"load_state_dict: parameter .*{said}"):
+        opt.load_state_dict(spoil(copy.deepcopy(opt.state_dict()), **changes))
+    assert_same(opt, before)
+
+
+def test_loading_refuses_scales_of_fewer_rows_than_clocks(fused):
+    opt = int8_optimizer(fused, lazy="decay")
+    saved = spoil(copy.deepcopy(opt.state_dict()), exp_avg_scale=torch.ones(3, 1))
+    with pytest.raises(ValueError, match=r"exp_avg_scale: got \[3, 1\].*last_step, \[30\]"):
+        opt.load_state_dict(saved)
+
+
+def test_loading_refuses_int8_momenta_of_groups_that_have_none(fused):
+    opt = int8_optimizer(fused)
+    saved = copy.deepcopy(opt.state_dict())
+    saved["param_groups"][0]["momentum_dtype"] = None
+    with pytest.raises(ValueError, match=r"exp_avg: got torch.int8.*momentum_dtype=None"):
+        opt.load_state_dict(saved)
+
+
+def test_a_dict_with_float_momenta_may_go_on_in_int8(fused):
+    p = parameter(30, 20)
+    opt = Tiger([p], fused=fused)
+    p.grad = dense_grad(p)
+    opt.step()
+    saved = copy.deepcopy(opt.state_dict())
+    saved["param_groups"][0]["momentum_dtype"] = torch.int8
+    opt.load_state_dict(saved)
+    opt.step()
+    assert opt.state[p]["exp_avg"].dtype == torch.int8
+    assert opt.state[p]["exp_avg_scale"].shape == (3, 1)
+
+
+def test_a_step_refuses_an_int8_momentum_without_its_scales(fused):
+    opt = int8_optimizer(fused)
+    (p,) = opt.param_groups[0]["params"]
+    before = p.detach().clone()
+    scale = opt.state[p].pop("exp_avg_scale")
+    with pytest.raises(RuntimeError, match=r"exp_avg_scale"):
+        opt.step()
+    opt.state[p]["exp_avg_scale"] = scale[:2]
+    with pytest.raises(RuntimeError, match=r"exp_avg_scale.*\[2, 1\]"):
+        opt.step()
+    assert same_bits(p.detach(), before)
+
+
+@pytest.mark.parametrize("cls", [Tiger, Lion, AdamW])
+@pytest.mark.parametrize("value", [torch.uint8, torch.int16, torch.float64, "int8"])
+def test_other_momentum_dtypes_are_refused(cls, value):
+    with pytest.raises(ValueError, match=r"^momentum_dtype=.*torch\.float16 or torch\.int8"):
+        cls([parameter(3)], momentum_dtype=value)
+
+
+# ---------------------------------------------------------------------------------- kernels
+
+SMALL = [
+    pytest.param(AdamW, dict(second_moment="row"), id="row"),
+    pytest.param(Tiger, dict(stochastic_rounding=True), id="stochastic"),
+    pytest.param(Lion, dict(momentum_dtype=torch.int8), id="int8"),
+]
+
+
+@pytest.mark.parametrize("cls,options", SMALL)
+def test_fused_is_refused_where_there_are_no_kernels(cls, options):
+    p = parameter(4, 3)
+    opt = cls([p], **options, fused=True)
+    p.grad = dense_grad(p)
+    lacking = lacks_kernels(opt.param_groups[0])
+    if lacking is None:
+        opt.step()
+        return
+    with pytest.raises(RuntimeError, match=rf"fused=True, but .*{lacking}"):
+        opt.step()
+    assert not opt.state and not opt._step_supports_amp_scaling
+
+
+@pytest.mark.parametrize("cls,options", SMALL)
+def test_groups_with_small_state_stand_beside_others(fused, cls, options):
+    p, q = parameter(4, 3, dtype=torch.bfloat16), parameter(4, 3)
+    opt = cls([{"params": [p], **options}, {"params": [q]}], fused=fused)
+    alone = copy.deepcopy(q)
+    other = cls([alone], fused=fused)
+    for _ in range(3):
+        p.grad, q.grad = dense_grad(p), dense_grad(q)
+        alone.grad = q.grad.clone()
+        opt.step()
+        other.step()
+    assert same_bits(q.detach(), alone.detach())
+    assert opt.state[q].keys() == other.state[alone].keys()

@@ -52,7 +52,11 @@ class AdamW(MixedOptimizer):
             waits for it).
         shrink_ratio: see ``nonfinite``.
         momentum_dtype: storage of the first moment; None: the parameter's dtype; or float32,
-            bfloat16, float16. The second moment takes the wider of this and the parameter's dtype.
+            bfloat16, float16; or int8: one byte an element, and a float32 scale for each row where
+            the update goes by rows or may (sparse gradients, ``rows``, a lazy mode), else for each
+            256 elements, rounded stochastically. A row (block) of which a momentum becomes NaN or
+            Inf is NaN altogether. The second moment takes the wider of this (of int8: float32) and
+            the parameter's dtype.
         second_moment: "element": :math:`v` has the parameter's shape. "row": one float32 a row of
             parameters of two or more dimensions, the mean of :math:`g^2` over the row in the place
             of :math:`g^2`. A row is what a sparse gradient's indices select, for a strided gradient
@@ -68,7 +72,8 @@ class AdamW(MixedOptimizer):
             PyTorch reference.
 
     State: ``exp_avg``, ``exp_avg_sq`` (the parameter's shape; with ``second_moment="row"`` the
-    rows' shape, ``[rows]``), ``step`` (0-dim int64, on the CPU).
+    rows' shape, ``[rows]``), ``step`` (0-dim int64, on the CPU); of an int8 momentum
+    ``exp_avg_scale``, float32, ``[rows]`` or ``[blocks, 1]``.
 
     Raises:
         ValueError: an option has an illegal value (the message names argument, value, legal range).

@@ -28,6 +28,8 @@ def lacks_kernels(options: Mapping[str, Any], device: torch.device) -> str | Non
         return f"second_moment={options['second_moment']!r}"
     if options["stochastic_rounding"]:
         return "stochastic_rounding=True"
+    if options["momentum_dtype"] == torch.int8:
+        return "momentum_dtype=torch.int8"
     return None
 
 
@@ -124,8 +126,8 @@ class GroupStep:
 
     @property
     def storage(self) -> tuple[Any, ...]:
-        """Return the options that say how moments are stored by rows."""
-        return (self.options.get("second_moment"),)
+        """Return what the options say of how moments are stored."""
+        return self.options.get("second_moment"), self.options["momentum_dtype"] == torch.int8
 
     @property
     def in_window(self) -> bool:

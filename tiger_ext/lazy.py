@@ -167,7 +167,7 @@ def make_current(
         changes = StateChanges(states, what)
         try:
             complete_state(p, group, changes)
-            for fill in convert_state(p, group, changes):
+            for fill in convert_state(group, position, changes):
                 fill()
         except BaseException:
             finish(changes.take_back)

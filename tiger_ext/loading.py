@@ -12,11 +12,12 @@ from torch import Tensor
 
 from tiger_ext.clocks import PLACEHOLDERS, Clocks, GroupClock
 from tiger_ext.history import MAX_STEPS, History
-from tiger_ext.moments import is_row_wise
+from tiger_ext.moments import SCALES, block_scales, is_int8, is_row_wise, is_scale
 from tiger_ext.options import (
     ALGORITHMS,
     FLOATS,
     OTHER_OPTIONS,
+    Moment,
     algorithm_of,
     check_lazy,
     check_option,
@@ -204,6 +205,8 @@ def _checked_state(
             own[name] = _integers(where, name, value, p)
         elif name in moments and not isinstance(value, Tensor):
             _refuse(where, name, value, "a tensor")
+        elif name in SCALES.values() and group.get("momentum_dtype") == torch.int8:
+            own[name] = _scale(where, name, value, p)
         elif isinstance(value, Tensor):
             by_rows = _check_moment(where, name, value, p, group)
             dtype = arithmetic_dtype(p) if by_rows else value.dtype
@@ -219,6 +222,7 @@ def _checked_state(
         own.pop("window_rows", None)
     _check_rows(where, own, p, clock.windows + 1, now)
     for moment in algorithm.moments:
+        _check_int8(where, moment, own, p, group)
         if (
             last_step is not None
             and moment.name in own
@@ -265,10 +269,44 @@ def _check_moment(
         _refuse(where, name, list(value.shape), f"the first dimensions of {list(p.shape)}{option}")
     if not by_rows and value.shape != p.shape:
         _refuse(where, name, list(value.shape), f"the parameter's shape {list(p.shape)}{option}")
-    if value.dtype not in FLOATS:
-        _refuse(where, name, value.dtype, "float32, float64, bfloat16 or float16")
+    if value.dtype not in FLOATS and not (value.dtype == torch.int8 and is_int8(moment, group)):
+        option = f" (momentum_dtype={group.get('momentum_dtype')})" if not moment.wide else ""
+        _refuse(where, name, value.dtype, f"float32, float64, bfloat16 or float16{option}")
     _check_readable(where, name, value, p)
     return by_rows
+
+
+def _scale(where: str, name: str, value: Any, p: Tensor) -> Tensor:
+    """Return a copy of the scales of an int8 moment."""
+    if not isinstance(value, Tensor) or value.dtype not in FLOATS:
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        _refuse(where, name, got, "a tensor of float32")
+    if not is_scale(p, value):
+        expected = f"the first dimensions of {list(p.shape)}, or {list(block_scales(p))}"
+        _refuse(where, name, list(value.shape), expected)
+    _check_readable(where, name, value, p)
+    return value.detach().to(p.device, torch.float32, copy=True).contiguous()
+
+
+def _check_int8(
+    where: str, moment: Moment, own: Mapping[str, Any], p: Tensor, group: Mapping[str, Any]
+) -> None:
+    """Check that an int8 moment and its scales are there together, and fit the rows' clocks."""
+    if group.get("momentum_dtype") != torch.int8:
+        return
+    name, last_step = SCALES[moment.name], own.get("last_step")
+    scale = own.get(name)
+    quantised = moment.name in own and own[moment.name].dtype == torch.int8
+    if quantised and scale is None:
+        _refuse(where, name, None, f"a tensor: {moment.name} is int8")
+    if scale is not None and not quantised:
+        dtype = own[moment.name].dtype if moment.name in own else None
+        _refuse(where, moment.name, dtype, f"torch.int8: there is {name}")
+    if scale is not None and last_step is not None and last_step.dim() > 0:
+        by_rows = scale.dim() >= last_step.dim() and scale.shape != block_scales(p)
+        if not by_rows and scale.shape != last_step.shape:
+            expected = f"the shape of last_step, {list(last_step.shape)}, or of more rows"
+            _refuse(where, name, list(scale.shape), expected)
 
 
 def _check_readable(where: str, name: str, value: Tensor, p: Tensor) -> None:

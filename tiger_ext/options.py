@@ -249,6 +249,7 @@ def _one_of(names: Any, *more: None) -> Callable[[Any], bool]:
     return lambda v: (v is None or isinstance(v, str)) and v in values
 
 
+_MOMENTUM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 _INT32 = torch.iinfo(torch.int32).max  # what the steps of a window are counted in
 SEEDS = 2**63 - 1  # the largest seed
 
@@ -261,11 +262,8 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "shrink_ratio": (lambda v: 0.0 <= _float(v) <= 1.0, "a number in [0, 1]"),
     "shrink_to": (lambda v: math.isfinite(_float(v)), "a finite number"),
     "momentum_dtype": (
-        lambda v: (
-            v is None
-            or (isinstance(v, torch.dtype) and v in (torch.float32, torch.bfloat16, torch.float16))
-        ),
-        "None, torch.float32, torch.bfloat16 or torch.float16",
+        lambda v: v is None or (isinstance(v, torch.dtype) and v in _MOMENTUM_DTYPES),
+        "None, torch.float32, torch.bfloat16, torch.float16 or torch.int8",
     ),
     "stochastic_rounding": (_flag, "True or False"),
     "rounding_seed": (
@@ -294,9 +292,6 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
 }
 
-# Options with a value that comes with a later version, and this value.
-_NOT_YET: dict[str, Any] = {"momentum_dtype": torch.int8}
-
 
 def check_option(name: str, value: Any, algorithm: Algorithm) -> None:
     """Raise ValueError unless ``value`` is legal for the option ``name`` of ``algorithm``."""
@@ -310,10 +305,6 @@ def check_option(name: str, value: Any, algorithm: Algorithm) -> None:
             )
         return
     plain = _without_numpy(value)
-    if name in _NOT_YET and plain is _NOT_YET[name]:
-        raise ValueError(
-            f"{name}={value!r} is planned but does not exist in this version of tiger_ext"
-        )
     legal, expected = _CHECKS[name]
     if not legal(plain):
         raise ValueError(f"{name}={_shown(value)}: expected {expected}")

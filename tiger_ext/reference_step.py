@@ -15,7 +15,14 @@ from tiger_ext import reference
 from tiger_ext.finish import finish
 from tiger_ext.group_step import GroupStep, is_row_lazy
 from tiger_ext.history import Missed
-from tiger_ext.moments import check_shapes, is_row_wise, read_moment, stored_dims
+from tiger_ext.moments import (
+    check_shapes,
+    decaying,
+    is_row_wise,
+    read_moment,
+    stored_dims,
+    written_moment,
+)
 from tiger_ext.options import FLOATS, algorithm_of, direction_scale
 from tiger_ext.rounding import CATCH_UP, PARAMETER, Draws, round_to
 
@@ -202,11 +209,13 @@ class ReferenceUpdate:
             [moments[m.name] if m.name in stored else None for m in algorithm.moments],
             use,
         )
-        writes: _Writes = [
-            partial(_write, state[moment.name], where, value)
-            for moment, value in zip(algorithm.moments, new_moments, strict=True)
-            if value is not None
-        ]
+        writes: _Writes = []
+        draws = group.draws(self.position, step)
+        for moment, value in zip(algorithm.moments, new_moments, strict=True):
+            # A pass that adds no gradient leaves them as they are.
+            if self.adds and value is not None and len(value) > 0:
+                parts = written_moment(self.param, moment, state, where, value, draws)
+                writes += [partial(_write, tensor, where, units) for tensor, units in parts]
         if group.moves(self.adds):
             writes.append(self._write_param(where, new_param, step))
         elif group.history is not None and self.adds:  # rows may have caught up
@@ -313,26 +322,27 @@ def catch_up_on_reference(
         chosen = torch.zeros_like(behind)
         chosen[where] = True
         behind &= chosen
-    if behind.dim() == 0:  # the parameter is one row
-        p, last_step, since, behind = (t.unsqueeze(0) for t in (p, last_step, since, behind))
-        state = {m.name: state[m.name].unsqueeze(0) for m in group.moments() if m.name in state}
-    rows = behind.nonzero()
     draws = group.draws(position, now)
+    rest = (group, last_step, now, draws)
+    if behind.dim() == 0:  # the parameter is one row
+        if bool(behind):
+            finish(_catch_up(p, state, None, since.long().unsqueeze(0), *rest))
+        return
+    rows = behind.nonzero()
     chunk = max(_CHUNK * behind.numel() // max(p.numel(), 1), 1)
     for some in rows.split(chunk):
         if len(some) > 0:
             place = tuple(some.unbind(1))
-            since_then = since[place].long()
-            finish(_catch_up(p, state, group, last_step, place, since_then, now, draws))
+            finish(_catch_up(p, state, place, since[place].long(), *rest))
 
 
 def _catch_up(
     p: Tensor,
     state: Mapping[str, Any],
+    rows: _Where,
+    since: Tensor,
     group: GroupStep,
     last_step: Tensor,
-    rows: tuple[Tensor, ...],
-    since: Tensor,
     now: int,
     draws: Draws | None,
 ) -> Callable[[], None]:
@@ -344,19 +354,22 @@ def _catch_up(
     if group.options["lazy"] == "exact":
         exp_avg = read_moment(p, moments[0], state=state, where=rows)
     arithmetic = reference.arithmetic_dtype(p)
-    param = _caught_up(p[rows].to(arithmetic), missed, exp_avg)
-    param = _rounded(p, rows, param, group, draws, PARAMETER + CATCH_UP)
-    new = [(p, param), (last_step, reference.brought_to(last_step[rows], now))]
+    param = _caught_up(_read(p, rows).to(arithmetic), missed, exp_avg)
+    # Its bits go by rows also where the parameter is the only one.
+    whole = p.unsqueeze(0) if rows is None else p
+    place = (torch.zeros(1, dtype=torch.int64, device=p.device),) if rows is None else rows
+    param = _rounded(whole, place, param, group, draws, PARAMETER + CATCH_UP)
+    new = [(p, param), (last_step, reference.brought_to(_read(last_step, rows), now))]
     for moment in moments:
-        stored = state[moment.name]
-        units = stored[rows].to(arithmetic)
+        stored = decaying(moment, state)
+        units = _read(stored, rows).to(arithmetic)
         floor = reference.smallest(stored.dtype, arithmetic)
         factor = missed.betas[moment.beta].reshape(_each(units))
         new.append((stored, reference.decayed(units, factor, floor)))
 
     def write() -> None:
         for tensor, value in new:
-            tensor[rows] = value.to(tensor.dtype)
+            _write(tensor, rows, value)
 
     return write
 

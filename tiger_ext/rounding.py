@@ -29,10 +29,12 @@ __all__ = [
     "CATCH_UP",
     "MOMENTUM",
     "PARAMETER",
+    "REQUANTISED",
     "Draws",
     "counts_steps",
     "keep_seed",
     "memory_order",
+    "quantised",
     "round_to",
     "rounds",
 ]
@@ -40,6 +42,7 @@ __all__ = [
 BLOCK = 256  # how many neighbouring elements make a unit where the update does not go by rows
 # What bits are for: each has its own. That of a write which is a catch-up alone is CATCH_UP more.
 PARAMETER, MOMENTUM, CATCH_UP = 0, 1, 2
+REQUANTISED = MOMENTUM + 4  # an int8 momentum that gets scales for other units
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _ALL = (1 << 64) - 1
@@ -91,7 +94,7 @@ class Draws:
 
 def rounds(group: Mapping[str, Any]) -> bool:
     """Return whether something of a group is rounded stochastically."""
-    return bool(group.get("stochastic_rounding"))
+    return bool(group.get("stochastic_rounding")) or group.get("momentum_dtype") == torch.int8
 
 
 def keep_seed(group: dict[str, Any]) -> None:
@@ -166,3 +169,20 @@ def round_to(dtype: torch.dtype, values: Tensor, bits: Tensor) -> Tensor:
     stored = torch.where(stored >= 1 << 15, stored - (1 << 16), stored)
     rounded = stored.to(torch.int16).view(dtype)
     return torch.where(values.isnan(), values.to(dtype), rounded)
+
+
+def quantised(values: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return int8 numbers and the scale of each unit, whose product with them is the values.
+
+    Args:
+        values: ``[units, n]``, float32. Of a unit with a NaN or Inf all becomes NaN.
+        bits: of the same shape: whether a number becomes the next larger or smaller integer.
+    """
+    largest = values.abs().amax(1) if values.shape[1] else values.new_zeros(len(values))
+    scale = torch.where(largest > 0, (largest / 127).clamp(min=2.0**-126), 0)
+    inverse = torch.where(scale > 0, 1 / scale, 0)
+    draw = ((bits >> 16).to(torch.float32) + 0.5) * 2.0**-16
+    q = (values * inverse.unsqueeze(1) + draw).floor().clamp(-127, 127)
+    finite = values.isfinite().all(1)
+    q = torch.where(finite.unsqueeze(1), q, 0)
+    return q.to(torch.int8), torch.where(finite, scale, torch.nan)

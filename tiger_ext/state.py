@@ -3,6 +3,8 @@
 
 ========== ============================ =====================================================
 exp_avg    the parameter's shape        first moment (momentum)
+exp_avg_   float32, a number a row, or  int8 momentum: what its numbers are multiplied with
+scale      [blocks of 256 elements, 1]
 exp_avg_sq the parameter's shape, or    AdamW: second moment; with second_moment="row" of
            float32, a number a row      parameters of two or more dimensions
 step       0-dim, int64                 AdamW, and where something is rounded stochastically:
@@ -19,7 +21,7 @@ last_step  int32, a number a row or one lazy modes: the step up to which it is c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -29,8 +31,8 @@ from tiger_ext.capture import is_capturing
 from tiger_ext.clocks import GroupClock
 from tiger_ext.group_step import GroupStep, is_row_lazy
 from tiger_ext.huge_pages import advise_huge_pages, is_large_table
-from tiger_ext.moments import converted, new_moment, row_dims
-from tiger_ext.rounding import counts_steps
+from tiger_ext.moments import SCALES, converted, new_moments, stored_dims
+from tiger_ext.rounding import Draws, counts_steps
 
 __all__ = [
     "StateChanges",
@@ -110,11 +112,11 @@ def complete_state(p: Tensor, group: GroupStep, changes: StateChanges) -> dict[s
     for moment in group.moments():
         if moment.name in state:
             continue
-        changes.will_set(p, moment.name)
-        new = new_moment(p, moment, group, row_dims(p, group, state))
-        if large_table:
-            advise_huge_pages(new, in_use=False)
-        state[moment.name] = new.zero_()
+        for name, new in new_moments(p, moment, group, state).items():
+            changes.will_set(p, name)
+            if large_table:
+                advise_huge_pages(new, in_use=False)
+            state[name] = new.zero_()
     counts = counts_steps(group.options) and "step" not in state
     if group.window:
         _complete_window(p, group, changes)
@@ -131,13 +133,13 @@ def complete_state(p: Tensor, group: GroupStep, changes: StateChanges) -> dict[s
 
 
 def convert_state(
-    p: Tensor, group: GroupStep, changes: StateChanges, *, anew: bool = False
+    group: GroupStep, position: int, changes: StateChanges, *, anew: bool = False
 ) -> list[Callable[[], Any]]:
     """Let moments be stored as the group's options and this step's rows want it.
 
     Args:
-        p: a parameter whose state is complete, or will not be needed.
-        group: its group.
+        group: the parameter's group.
+        position: of the parameter in it; its state is complete, or will not be needed.
         changes: note what is replaced.
         anew: rows that the state has already do not matter: an option has been changed.
 
@@ -147,16 +149,26 @@ def convert_state(
     Raises:
         RuntimeError: a CUDA graph is being captured.
     """
+    p = group.params[position]
     state: dict[str, Any] = changes.state[p]
+    step = state.get("step")
+
+    def draws() -> Draws | None:
+        return group.draws(position, 1 if step is None else int(step) + 1)
+
     fills = []
     for moment in group.moments():
         if moment.name not in state:
             continue
-        found = converted(p, moment, group, state, anew=anew)
-        if found is not None:
-            changes.will_set(p, moment.name)
-            state[moment.name] = found[0]
-            fills.append(found[1])
+        found = converted(p, moment, group, state, draws, anew=anew)
+        if found is None:
+            continue
+        for name in (moment.name, SCALES[moment.name]):
+            if name in state or name in found[0]:
+                changes.will_set(p, name)
+                state.pop(name, None)
+        state.update(found[0])
+        fills.append(found[1])
     return fills
 
 
@@ -210,7 +222,7 @@ def _complete_last_step(p: Tensor, group: GroupStep, changes: StateChanges, fres
 def _complete_window(p: Tensor, group: GroupStep, changes: StateChanges) -> None:
     state = changes.state[p]
     old = state.get("window")
-    shape = p.shape[: _window_dims(p, group)]
+    shape = p.shape[: _window_dims(p, group, state)]
     strided = p.grad is not None and p.grad.layout == torch.strided
     # A strided gradient that is not by rows goes by any.
     if old is not None and (old.shape == shape or (strided and not shape and old.dim() > 0)):
@@ -239,10 +251,10 @@ def _complete_window(p: Tensor, group: GroupStep, changes: StateChanges) -> None
         state["window_rows"] = unlisted(p)
 
 
-def _window_dims(p: Tensor, group: GroupStep) -> int:
+def _window_dims(p: Tensor, group: GroupStep, state: Mapping[str, Any]) -> int:
     """Return how many leading dimensions make a row of this step's gradient; 0: it has none."""
     if p.grad is not None and p.grad.layout == torch.sparse_coo:
         return p.grad.sparse_dim()
     options = group.options
     per_row = is_row_lazy(p, group) or (options["scale"] == "rms_rows" and p.dim() > 0)
-    return 1 if per_row else 0
+    return 1 if per_row else stored_dims(p, group, state)

@@ -402,7 +402,7 @@ class Step:
             state = complete_state(p, group, self._changes)
         except WindowError as error:
             raise RuntimeError(f"{self._label(group.index, position)}: {error}") from None
-        fills = convert_state(p, group, self._changes)
+        fills = convert_state(group, position, self._changes)
         if old is not None and state.get("last_step") is not old:
             # The rows are divided anew.
             this.before += (partial(catch_up, group, position, {**state, **before}, old),)
@@ -410,9 +410,11 @@ class Step:
 
     def _convert_all(self, this: Pass, group: GroupStep) -> None:
         """Let the state be stored as an option that has been changed wants it."""
-        for p in group.params:
+        for position, p in enumerate(group.params):
             if p in self._changes.state:
-                this.before += tuple(convert_state(p, group, self._changes, anew=True))
+                with self._labelled(group, position):
+                    check_shapes(p, self._changes.state[p])
+                this.before += tuple(convert_state(group, position, self._changes, anew=True))
 
     def _why_not_native(self, group: GroupStep, position: int) -> str:
         p, label = group.params[position], self._label(group.index, position)

@@ -64,7 +64,10 @@ class Tiger(MixedOptimizer):
             waits for it).
         shrink_ratio: see ``nonfinite``.
         momentum_dtype: storage of the momentum; None: the parameter's dtype; or float32, bfloat16,
-            float16.
+            float16; or int8: one byte an element, and a float32 scale for each row where the update
+            goes by rows or may (sparse gradients, ``rows``, a lazy mode, "rms_rows"), else for each
+            256 elements, rounded stochastically. A row (block) of which a momentum becomes NaN or
+            Inf is NaN altogether.
         stochastic_rounding: bfloat16 and float16 parameters are rounded up or down at random, so
             that the mean is right and steps that are smaller than half the distance to the next
             number are not lost. The bits depend on ``rounding_seed`` (of the group; default:
@@ -74,7 +77,9 @@ class Tiger(MixedOptimizer):
         fused: None: native kernels where they exist; True: native, or RuntimeError; False: the
             PyTorch reference.
 
-    State: ``exp_avg``, the parameter's shape, in ``momentum_dtype``.
+    State: ``exp_avg``, the parameter's shape, in ``momentum_dtype``; of int8 ``exp_avg_scale``,
+    float32, ``[rows]`` or ``[blocks, 1]``. Where something is rounded stochastically, ``step``
+    (0-dim int64), which the random bits depend on.
 
     Raises:
         ValueError: an option has an illegal value (the message names argument, value, legal range).

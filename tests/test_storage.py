@@ -1443,7 +1443,7 @@ def test_fused_is_refused_where_there_are_no_kernels(cls, options):
     p = parameter(4, 3)
     opt = cls([p], **options, fused=True)
     p.grad = dense_grad(p)
-    lacking = lacks_kernels(opt.param_groups[0])
+    lacking = lacks_kernels(opt.param_groups[0], p.device)
     if lacking is None:
         opt.step()
         return

@@ -111,7 +111,9 @@ def _scales_rows(p: Tensor, moment: Moment, group: GroupStep, state: Mapping[str
 def _dims_of_scale(p: Tensor, moment: Moment, state: Mapping[str, Any]) -> int:
     """Return how many dimensions make a row of a moment's scales; 0: they are of blocks or none."""
     scale = state.get(SCALES[moment.name])
-    return 0 if scale is None or scale.shape == block_scales(p) else int(scale.dim())
+    if scale is None or not 0 < scale.dim() <= p.dim() or scale.shape != p.shape[: scale.dim()]:
+        return 0
+    return int(scale.dim())
 
 
 def new_moments(

@@ -321,6 +321,9 @@ class Step:
             look_at_idle(group, idle, self._changes)
         if without_state:
             for position in without_state:
+                p = group.params[position]
+                with self._labelled(group, position):
+                    check_shapes(p, self._changes.state.get(p, {}))
                 self._complete_state(this, group, position)
                 if history is not None:
                     device = group.params[position].device

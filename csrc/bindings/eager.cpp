@@ -24,6 +24,7 @@
 
 #include "step/checks.h"
 #include "step/group_history.h"
+#include "step/item_builder.h"
 #include "step/step.h"
 
 namespace py = pybind11;
@@ -319,7 +320,9 @@ class Step {
                              : lazy && u.last_step.dim() > 0 ? u.last_step.dim()
                                                              : -1;
         if (u.row_moment.defined()) complete = has_rows(u, u.row_moment, dims);
-        if (u.scale.defined()) complete = complete && has_rows(u, u.scale, dims);
+        if (u.scale.defined())
+          complete = complete && (dims < 0 && !has_row_scales(u) ? has_block_order(u)
+                                                                 : has_rows(u, u.scale, dims));
       }
       if (!complete) {
         without_state.append(i);

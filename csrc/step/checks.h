@@ -114,9 +114,10 @@ inline void check_scale(const Update& u) {
   const int64_t by_block[] = {blocks, 1};
   if (!is_list(u, u.scale, at::kFloat) ||
       !(has_row_scales(u) || u.scale.sizes() == at::IntArrayRef(by_block)))
-    refuse(u, "the scales of the momentum must be a contiguous float32 tensor on ",
-           u.param.device(), ", one a row or [", blocks, ", 1], got ", u.scale.scalar_type(), " ",
-           u.scale.sizes(), " on ", u.scale.device());
+    refuse(u, "the state ", rule_info(u.rule.kind).state_names[0],
+           "_scale must be a contiguous float32 tensor on ", u.param.device(), ", one a row or [",
+           blocks, ", 1], got ", u.scale.scalar_type(), " ", u.scale.sizes(), " on ",
+           u.scale.device());
 }
 
 inline void check_states(const Update& u) {
@@ -214,8 +215,8 @@ inline void check_update(const Update& u) {
   if (rule.touched != Touched::kAll && u.grad.defined()) dims = 1;
   check_rows_of_state(u, u.window, "window", dims);
   check_rows_of_state(u, u.last_step, "last_step", dims);
-  check_rows_of_state(u, u.row_moment, "of the second moment", dims);
-  check_rows_of_state(u, u.scale, "of the momentum's scales", dims);
+  check_rows_of_state(u, u.row_moment, "exp_avg_sq", dims);
+  check_rows_of_state(u, u.scale, "exp_avg_scale", dims);
 }
 
 // A table of which rows [begin, end), or those of `ids`, are to be brought up to date.

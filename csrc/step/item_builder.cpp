@@ -15,7 +15,19 @@ bool same_order(at::IntArrayRef sizes, at::IntArrayRef a, at::IntArrayRef b) {
   return true;
 }
 
+// Any element order will do as long as all tensors share it and it leaves no holes.
+at::Tensor shared_order(const at::Tensor& param) {
+  if (param.is_non_overlapping_and_dense()) return param;
+  return at::empty(param.sizes(), param.options().device(at::kMeta));
+}
+
 }  // namespace
+
+bool has_block_order(const Update& u) {
+  const at::Tensor order = shared_order(u.param);
+  return u.states[0].sizes() == order.sizes() &&
+         same_order(order.sizes(), u.states[0].strides(), order.strides());
+}
 
 void ItemBuilder::add(const Update& u, const double* lr, int64_t* step) {
   for (int k = 0; k < rule_info(u.rule.kind).states; ++k) written_.push_back(u.states[k]);
@@ -62,10 +74,7 @@ Stream ItemBuilder::writable(const Update& u, const at::Tensor& t, const at::Ten
 }
 
 void ItemBuilder::add_dense(const Update& u, RuleUse rule) {
-  // Any element order will do as long as all tensors share it and it leaves no holes.
-  at::Tensor order = u.param;
-  if (!order.is_non_overlapping_and_dense())
-    order = at::empty(u.param.sizes(), u.param.options().device(at::kMeta));
+  const at::Tensor order = shared_order(u.param);
   DenseItem item;
   item.rule = rule;
   item.numel = u.param.numel();

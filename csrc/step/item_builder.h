@@ -14,6 +14,9 @@
 
 namespace tiger_ext {
 
+// Whether the momentum's blocks in memory are those of the parameter.
+bool has_block_order(const Update& u);
+
 class ItemBuilder {
  public:
   // A learning rate in device memory (a float64 element) or null, and likewise AdamW's counter.

@@ -48,8 +48,10 @@ struct RandomUnit {
   }
 
   // 32 bits for element c.
-  TIGER_EXT_INLINE uint32_t operator()(uint32_t c) const {
-    uint32_t x = low + c * 0x9E3779B9u;
+  TIGER_EXT_INLINE uint32_t operator()(uint32_t c) const { return mixed(low + c * kStep); }
+
+  static constexpr uint32_t kStep = 0x9E3779B9u;
+  TIGER_EXT_INLINE uint32_t mixed(uint32_t x) const {
     x ^= x >> 16;
     x *= 0x7FEB352Du;
     x ^= high;
@@ -81,11 +83,15 @@ TIGER_EXT_INLINE Float16 round_float16(float x, uint32_t random) {
   return {static_cast<uint16_t>(sign | (nan ? 0x7E00u : small ? subnormal : normal))};
 }
 
-TIGER_EXT_INLINE void store_rounded(BFloat16* p, float x, uint32_t random) {
-  *p = round_bfloat16(x, random);
+template <typename Half>
+TIGER_EXT_INLINE Half rounded_to(float x, uint32_t random);
+template <>
+TIGER_EXT_INLINE BFloat16 rounded_to<BFloat16>(float x, uint32_t random) {
+  return round_bfloat16(x, random);
 }
-TIGER_EXT_INLINE void store_rounded(Float16* p, float x, uint32_t random) {
-  *p = round_float16(x, random);
+template <>
+TIGER_EXT_INLINE Float16 rounded_to<Float16>(float x, uint32_t random) {
+  return round_float16(x, random);
 }
 
 // int8: a unit's numbers are q * scale, q from -127 to 127.
@@ -99,12 +105,12 @@ TIGER_EXT_INLINE float quantisation_scale(uint32_t largest_bits) {
 }
 
 // `inverse`: 1 / scale, 0 where the scale is 0 or NaN.
-TIGER_EXT_INLINE int8_t quantised(float x, float inverse, uint32_t random) {
+TIGER_EXT_INLINE int32_t quantised(float x, float inverse, uint32_t random) {
   const float y =
       x * inverse + (static_cast<float>(static_cast<int32_t>(random >> 16)) + 0.5f) * 0x1p-16f;
-  const float bounded = y > 127.0f ? 127.0f : y < -127.0f ? -127.0f : y;
-  const int32_t whole = static_cast<int32_t>(bounded);
-  return static_cast<int8_t>(whole - (static_cast<float>(whole) > bounded ? 1 : 0));
+  const int32_t whole = static_cast<int32_t>(y);
+  const int32_t below = whole - (static_cast<float>(whole) > y ? 1 : 0);
+  return below > 127 ? 127 : below < -127 ? -127 : below;
 }
 
 }  // namespace tiger_ext

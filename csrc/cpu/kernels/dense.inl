@@ -8,18 +8,14 @@ void update_block(const DenseItem& item, const Rule& rule, const T* grad, const 
                   int64_t unit, int64_t n) {
   const Rounding& rounding = item.rule.rounding;
   float* const scale = item.scales ? item.scales + unit : nullptr;
-  Block<T, Rule::kStates> block(item.param, item.states, at, n);
-  block.update(rule, grad, scale ? *scale : 0.0f);
-  if (moves_param(rule)) {
-    if (rounding.param) block.store_param(RandomUnit(rounding.param_key, unit), 0);
-    else block.store_param();
-  }
-  block.store_states();
-  if constexpr (Rule::kStates > 0) {
-    if (!scale || !item.rule.params->adds) return;
-    *scale = quantisation_scale(block.largest_momentum());
-    block.quantise_momentum(*scale, RandomUnit(rounding.momentum_key, unit), 0);
-  }
+  alignas(kCacheLine) T momentum[kBlock];
+  const RandomUnit for_param(rounding.param_key, unit);
+  update_rounded_block(rule, grad, item.param, item.states, at, n, scale ? *scale : 0.0f,
+                       rounding.param ? &for_param : nullptr, 0, momentum);
+  if (Rule::kStates == 0 || !scale || !item.rule.params->adds) return;
+  *scale = quantisation_scale(largest_bits(momentum, n));
+  quantise(item.states[0], at.states[0], nullptr, n, momentum, *scale,
+           RandomUnit(rounding.momentum_key, unit), 0);
 }
 
 template <typename T, typename Rule>

@@ -38,10 +38,32 @@ TIGER_EXT_INLINE void store_lanes(const float* in, BFloat16* out) {
                       _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
 }
 
+TIGER_EXT_INLINE void load_lanes(const int8_t* in, float* out) {
+  const __m128i q = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in));
+  _mm512_storeu_ps(out, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(q)));
+}
+
 TIGER_EXT_INLINE void store_lanes(const float* in, Float16* out) {
   const __m512 x = _mm512_loadu_ps(in);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(out),
                       _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+// first + l * RandomUnit::kStep: a compiler would compute each by itself.
+TIGER_EXT_INLINE void add_to_lanes(uint32_t first, uint32_t* out) {
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i steps =
+      _mm512_mullo_epi32(lane, _mm512_set1_epi32(static_cast<int>(RandomUnit::kStep)));
+  _mm512_storeu_si512(out, _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(first)), steps));
+}
+
+// Of each the lower half, or the lowest byte.
+TIGER_EXT_INLINE void store_low_lanes(const uint32_t* in, uint16_t* out) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out),
+                      _mm512_cvtepi32_epi16(_mm512_loadu_si512(in)));
+}
+TIGER_EXT_INLINE void store_low_lanes(const int32_t* in, int8_t* out) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(_mm512_loadu_si512(in)));
 }
 
 #elif defined(TIGER_EXT_AVX2)
@@ -58,6 +80,13 @@ TIGER_EXT_INLINE void load_lanes(const Float16* in, float* out) {
   for (int l = 0; l < kLanes; l += 8) {
     const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + l));
     _mm256_storeu_ps(out + l, _mm256_cvtph_ps(h));
+  }
+}
+
+TIGER_EXT_INLINE void load_lanes(const int8_t* in, float* out) {
+  for (int l = 0; l < kLanes; l += 8) {
+    const __m128i q = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(in + l));
+    _mm256_storeu_ps(out + l, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(q)));
   }
 }
 
@@ -88,12 +117,82 @@ TIGER_EXT_INLINE void store_lanes(const float* in, Float16* out) {
   }
 }
 
+// first + l * RandomUnit::kStep: a compiler would compute each by itself.
+TIGER_EXT_INLINE void add_to_lanes(uint32_t first, uint32_t* out) {
+  const __m256i step = _mm256_set1_epi32(static_cast<int>(RandomUnit::kStep));
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  for (int l = 0; l < kLanes; l += 8) {
+    const __m256i steps = _mm256_mullo_epi32(_mm256_add_epi32(lane, _mm256_set1_epi32(l)), step);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + l),
+                        _mm256_add_epi32(_mm256_set1_epi32(static_cast<int>(first)), steps));
+  }
+}
+
+// The packing goes by halves of the vectors.
+TIGER_EXT_INLINE __m256i low_halves(const void* in) {
+  const __m256i mask = _mm256_set1_epi32(0xFFFF);
+  const __m256i* const lanes = static_cast<const __m256i*>(in);
+  const __m256i packed = _mm256_packus_epi32(_mm256_and_si256(_mm256_loadu_si256(lanes), mask),
+                                             _mm256_and_si256(_mm256_loadu_si256(lanes + 1), mask));
+  return _mm256_permute4x64_epi64(packed, 0xD8);
+}
+TIGER_EXT_INLINE void store_low_lanes(const uint32_t* in, uint16_t* out) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), low_halves(in));
+}
+TIGER_EXT_INLINE void store_low_lanes(const int32_t* in, int8_t* out) {
+  const __m256i halves = low_halves(in);
+  const __m128i bytes =
+      _mm_packs_epi16(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), bytes);
+}
+
+#else
+
+TIGER_EXT_INLINE void add_to_lanes(uint32_t first, uint32_t* out) {
+  for (int l = 0; l < kLanes; ++l) out[l] = first + static_cast<uint32_t>(l) * RandomUnit::kStep;
+}
+
+// Of each the lower half, or the lowest byte.
+TIGER_EXT_INLINE void store_low_lanes(const uint32_t* in, uint16_t* out) {
+  for (int l = 0; l < kLanes; ++l) out[l] = static_cast<uint16_t>(in[l]);
+}
+TIGER_EXT_INLINE void store_low_lanes(const int32_t* in, int8_t* out) {
+  for (int l = 0; l < kLanes; ++l) out[l] = static_cast<int8_t>(in[l]);
+}
+
 #endif
+
+// The random bits of elements c, c + 1, ...
+TIGER_EXT_INLINE void random_lanes(const RandomUnit& random, int64_t c, uint32_t* out) {
+  const uint32_t first = random.low + static_cast<uint32_t>(c) * RandomUnit::kStep;
+  add_to_lanes(first, out);
+  for (int l = 0; l < kLanes; ++l) out[l] = random.mixed(out[l]);
+}
+
+// Rounded stochastically: elements c, c + 1, ... of a unit.
+template <typename S>
+TIGER_EXT_INLINE void store_lanes_rounded(const float* in, S* out, const RandomUnit& random,
+                                          int64_t c) {
+  uint32_t bits[kLanes], half[kLanes];
+  random_lanes(random, c, bits);
+  for (int l = 0; l < kLanes; ++l) half[l] = rounded_to<S>(in[l], bits[l]).bits;
+  store_low_lanes(half, &out->bits);
+}
+
+// Likewise to int8.
+TIGER_EXT_INLINE void store_lanes_quantised(const float* in, int8_t* out, float inverse,
+                                            const RandomUnit& random, int64_t c) {
+  uint32_t bits[kLanes];
+  int32_t q[kLanes];
+  random_lanes(random, c, bits);
+  for (int l = 0; l < kLanes; ++l) q[l] = quantised(in[l], inverse, bits[l]);
+  store_low_lanes(q, out);
+}
 
 // n < kLanes elements.
 template <typename T, typename S>
 TIGER_EXT_INLINE void load_some(const S* in, int64_t n, T* out) {
-  S all[kLanes] = {};
+  std::remove_const_t<S> all[kLanes] = {};
   memcpy(all, in, static_cast<size_t>(n) * sizeof(S));
   load_lanes(all, out);
 }

@@ -66,17 +66,12 @@ __attribute__((noinline)) void store(const Stream& s, int64_t offset, const int6
 
 template <typename T, typename S>
 void store_rounded_as(void* data, int64_t offset, const int64_t* index, int64_t n, const T* in,
-                      const RandomUnit& random, int64_t first) {
+                      const RandomUnit& given, int64_t first) {
+  const RandomUnit random = given;
   S* __restrict target = static_cast<S*>(data) + offset;
-  const uint32_t c = static_cast<uint32_t>(first);
-  if (index) {
-    for (int64_t i = 0; i < n; ++i)
-      store_rounded(target + index[i], static_cast<float>(in[i]),
-                    random(c + static_cast<uint32_t>(i)));
-  } else {
-    for (int64_t i = 0; i < n; ++i)
-      store_rounded(target + i, static_cast<float>(in[i]), random(c + static_cast<uint32_t>(i)));
-  }
+  for (int64_t i = 0; i < n; ++i)
+    target[index ? index[i] : i] =
+        rounded_to<S>(static_cast<float>(in[i]), random(static_cast<uint32_t>(first + i)));
 }
 
 // Elements `first`, first + 1, ... of the unit `random`, of a parameter in half precision.
@@ -105,20 +100,20 @@ template <typename T>
 __attribute__((noinline)) void quantise(const Stream& s, int64_t offset, const int64_t* index,
                                         int64_t n, const T* in, float scale,
                                         const RandomUnit& random, int64_t first) {
+  const RandomUnit own = random;
   int8_t* __restrict target = static_cast<int8_t*>(s.data) + offset;
-  const uint32_t c = static_cast<uint32_t>(first);
-  const float inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
-  if (inverse == 0.0f) {  // nothing, or not finite
-    for (int64_t i = 0; i < n; ++i) target[index ? index[i] : i] = 0;
-  } else if (index) {
-    for (int64_t i = 0; i < n; ++i)
-      target[index[i]] =
-          quantised(static_cast<float>(in[i]), inverse, random(c + static_cast<uint32_t>(i)));
-  } else {
-    for (int64_t i = 0; i < n; ++i)
-      target[i] =
-          quantised(static_cast<float>(in[i]), inverse, random(c + static_cast<uint32_t>(i)));
+  const float inverse = scale > 0.0f ? 1.0f / scale : 0.0f;  // 0: nothing, or not finite
+  int64_t i = 0;
+  if (inverse == 0.0f) {
+    for (; i < n; ++i) target[index ? index[i] : i] = 0;
+  } else if constexpr (sizeof(T) == 4) {
+    if (!index)
+      for (; i + kLanes <= n; i += kLanes)
+        store_lanes_quantised(in + i, target + i, inverse, own, first + i);
   }
+  for (; i < n; ++i)
+    target[index ? index[i] : i] = static_cast<int8_t>(
+        quantised(static_cast<float>(in[i]), inverse, own(static_cast<uint32_t>(first + i))));
 }
 
 // Elements of a momentum in int8.
@@ -130,8 +125,9 @@ __attribute__((noinline)) void load_scaled(const Stream& s, int64_t offset, cons
 }
 
 template <typename T, typename Rule>
-TIGER_EXT_INLINE void apply(const Rule& rule, const T* __restrict grad, T* __restrict param,
+TIGER_EXT_INLINE void apply(const Rule& given, const T* __restrict grad, T* __restrict param,
                             T* const* states, int64_t n) {
+  const Rule rule = given;  // which no store can change
   if constexpr (Rule::kStates == 0) {
     for (int64_t i = 0; i < n; ++i) rule(grad[i], param[i]);
   } else {
@@ -205,10 +201,7 @@ class Block {
     for (int k = 0; k < kStates; ++k)
       store(states_[k], at_.states[k], at_.state_indices[k], n_, s_[k]);
   }
-  uint32_t largest_momentum() const { return largest_bits(s_[0], n_); }
-  void quantise_momentum(float scale, const RandomUnit& random, int64_t first) const {
-    quantise(states_[0], at_.states[0], at_.state_indices[0], n_, s_[0], scale, random, first);
-  }
+  const T* momentum() const { return s_[0]; }
 
  private:
   const Stream& param_;

@@ -3,29 +3,80 @@
 // Part of kernels.inl: updates of half precision tensors in one pass, without a block in the
 // arithmetic type between.
 
+// Contiguous elements as they are stored.
+template <typename S>
+struct Elements {
+  S* data;
+
+  TIGER_EXT_INLINE void load(int64_t i, float* out) const { load_lanes(data + i, out); }
+  TIGER_EXT_INLINE void store(int64_t i, const float* in) const { store_lanes(in, data + i); }
+  TIGER_EXT_INLINE void load(int64_t i, int64_t n, float* out) const {
+    load_some(data + i, n, out);
+  }
+  TIGER_EXT_INLINE void store(int64_t i, int64_t n, const float* in) const {
+    store_some(in, n, data + i);
+  }
+};
+
+// The same in half precision, rounded stochastically: elements `first`, first + 1, ... of a unit.
+template <typename S>
+struct RoundedElements : Elements<S> {
+  RandomUnit random;
+  int64_t first;
+
+  TIGER_EXT_INLINE void store(int64_t i, const float* in) const {
+    store_lanes_rounded(in, this->data + i, random, first + i);
+  }
+  TIGER_EXT_INLINE void store(int64_t i, int64_t n, const float* in) const {
+    S all[kLanes];
+    RoundedElements{{all}, random, first + i}.store(0, in);
+    memcpy(this->data + i, all, static_cast<size_t>(n) * sizeof(S));
+  }
+};
+
+// A momentum in int8: what becomes of it waits in float for its scale.
+struct QuantisedElements {
+  const int8_t* data;
+  float scale;
+  float* next;
+
+  TIGER_EXT_INLINE void load(int64_t i, float* out) const {
+    load_lanes(data + i, out);
+    for (int l = 0; l < kLanes; ++l) out[l] *= scale;
+  }
+  TIGER_EXT_INLINE void store(int64_t i, const float* in) const { store_lanes(in, next + i); }
+  TIGER_EXT_INLINE void load(int64_t i, int64_t n, float* out) const {
+    load_some(data + i, n, out);
+    for (int l = 0; l < kLanes; ++l) out[l] *= scale;
+  }
+  TIGER_EXT_INLINE void store(int64_t i, int64_t n, const float* in) const {
+    store_some(in, n, next + i);
+  }
+};
+
 // The rule over elements that are converted on the way, in registers.
 template <typename Rule, typename G, typename P, typename... S>
-TIGER_EXT_INLINE void apply_lanes(const Rule& given, const G* grad, P* param, int64_t n,
-                                  S*... states) {
+TIGER_EXT_INLINE void apply_lanes(const Rule& given, const G& grad, const P& param, int64_t n,
+                                  const S&... states) {
   const Rule rule = given;
   float g[kLanes], p[kLanes], s[sizeof...(S) + 1][kLanes];
   const auto update = [&]<size_t... k>(std::index_sequence<k...>) __attribute__((always_inline)) {
     int64_t i = 0;
     for (; i + kLanes <= n; i += kLanes) {
-      load_lanes(grad + i, g);
-      load_lanes(param + i, p);
-      (load_lanes(states + i, s[k]), ...);
+      grad.load(i, g);
+      param.load(i, p);
+      (states.load(i, s[k]), ...);
       for (int l = 0; l < kLanes; ++l) rule(g[l], p[l], s[k][l]...);
-      store_lanes(p, param + i);
-      (store_lanes(s[k], states + i), ...);
+      param.store(i, p);
+      (states.store(i, s[k]), ...);
     }
     if (i == n) return;
-    load_some(grad + i, n - i, g);
-    load_some(param + i, n - i, p);
-    (load_some(states + i, n - i, s[k]), ...);
+    grad.load(i, n - i, g);
+    param.load(i, n - i, p);
+    (states.load(i, n - i, s[k]), ...);
     for (int l = 0; l < kLanes; ++l) rule(g[l], p[l], s[k][l]...);
-    store_some(p, n - i, param + i);
-    (store_some(s[k], n - i, states + i), ...);
+    param.store(i, n - i, p);
+    (states.store(i, n - i, s[k]), ...);
   };
   update(std::make_index_sequence<sizeof...(S)>());
 }
@@ -62,10 +113,10 @@ __attribute__((noinline)) void apply_mixture(Mixture mixture, const Rule& rule, 
                                              const Stream* states, const int64_t* state_offsets,
                                              int64_t n) {
   const auto run = [&]<typename G, typename P, typename S, typename Last>() {
-    const G* const g = static_cast<const G*>(grad);
-    P* const p = static_cast<P*>(param.data) + param_offset;
+    const Elements<const G> g{static_cast<const G*>(grad)};
+    const Elements<P> p{static_cast<P*>(param.data) + param_offset};
     const auto state = [&]<typename Type>(int k) {
-      return static_cast<Type*>(states[k].data) + state_offsets[k];
+      return Elements<Type>{static_cast<Type*>(states[k].data) + state_offsets[k]};
     };
     if constexpr (Rule::kStates == 0) apply_lanes(rule, g, p, n);
     else if constexpr (Rule::kStates == 1)
@@ -103,3 +154,79 @@ constexpr bool kMixes = sizeof(T) == 4 && kIsOfGroups<Rule> && !Rule::kDirected;
 template <typename T, typename Rule>
 constexpr bool kMixes = false;
 #endif
+
+// ------------------------------------------------------------------------- stochastic rounding
+
+template <typename Rule>
+__attribute__((noinline)) void apply_rounded_lanes(const Rule& rule, const float* grad,
+                                                   const Stream& param, const Stream* states,
+                                                   const BlockPlace& at, int64_t n, float scale,
+                                                   const RandomUnit* for_param, int64_t first,
+                                                   float* momentum) {
+  const Elements<const float> g{grad};
+  const auto elements = [&]<typename S>(int k) {
+    return Elements<S>{static_cast<S*>(states[k].data) + at.states[k]};
+  };
+  // A second moment is as wide as float beside a momentum in int8, else of the same type.
+  const auto with_param = [&]<typename Half>(const auto& p) {
+    if constexpr (Rule::kStates == 0) {
+      apply_lanes(rule, g, p, n);
+    } else {
+      const auto with_momentum = [&]<typename Last>(const auto& m) {
+        if constexpr (Rule::kStates == 1) apply_lanes(rule, g, p, n, m);
+        else apply_lanes(rule, g, p, n, m, elements.template operator()<Last>(1));
+      };
+      if (states[0].storage == Storage::kInt8)
+        with_momentum.template operator()<float>(QuantisedElements{
+            static_cast<const int8_t*>(states[0].data) + at.states[0], scale, momentum});
+      else if (states[0].storage == Storage::kFloat32)
+        with_momentum.template operator()<float>(elements.template operator()<float>(0));
+      else if constexpr (!std::is_same_v<Half, float>)
+        with_momentum.template operator()<Half>(elements.template operator()<Half>(0));
+    }
+  };
+  const auto with_type = [&]<typename P>() {
+    const Elements<P> p{static_cast<P*>(param.data) + at.param};
+    if constexpr (!std::is_same_v<P, float>)
+      if (for_param)
+        return with_param.template operator()<P>(RoundedElements<P>{p, *for_param, first});
+    with_param.template operator()<P>(p);
+  };
+  if (param.storage == Storage::kFloat32) with_type.template operator()<float>();
+  else if (param.storage == Storage::kBFloat16) with_type.template operator()<BFloat16>();
+  else with_type.template operator()<Float16>();
+}
+
+// Whether `apply_rounded_lanes` has a loop for these types.
+inline bool rounds_in_lanes(const Stream& param, const Stream* states, int count) {
+  if (param.storage != Storage::kFloat32 && !is_half(param.storage)) return false;
+  if (count == 0) return true;
+  const Storage momentum = states[0].storage, last = states[count - 1].storage;
+  if (momentum != Storage::kInt8)
+    return last == momentum && (momentum == Storage::kFloat32 || momentum == param.storage);
+  return count == 1 || last == Storage::kFloat32;
+}
+
+// A block of what is rounded stochastically. A momentum in int8 is not stored: it waits for the
+// scale of its unit, in momentum[n]. `for_param`: null where the parameter is rounded to nearest.
+template <typename T, typename Rule>
+void update_rounded_block(const Rule& rule, const T* grad, const Stream& param,
+                          const Stream* states, const BlockPlace& at, int64_t n, float scale,
+                          const RandomUnit* for_param, int64_t first, T* momentum) {
+  if constexpr (kMixes<T, Rule>) {
+    bool contiguous = !at.param_index;
+    for (int k = 0; k < Rule::kStates; ++k) contiguous = contiguous && !at.state_indices[k];
+    if (contiguous && rounds_in_lanes(param, states, Rule::kStates))
+      return apply_rounded_lanes(rule, grad, param, states, at, n, scale, for_param, first,
+                                 momentum);
+  }
+  Block<T, Rule::kStates> block(param, states, at, n);
+  block.update(rule, grad, scale);
+  if (moves_param(rule)) {
+    if (for_param) block.store_param(*for_param, first);
+    else block.store_param();
+  }
+  block.store_states();
+  if (Rule::kStates > 0 && states[0].storage == Storage::kInt8)
+    memcpy(momentum, block.momentum(), static_cast<size_t>(n) * sizeof(T));
+}

@@ -207,25 +207,23 @@ class RowUpdate {
       const BlockPlace where = block_place(at, c);
       Block<T, Rule::kStates> block(item_.param, item_.states, where, n);
       block.update(rule, grad_of(c, n), scale);
-      const uint32_t found = block.largest_momentum();
+      const uint32_t found = largest_bits(block.momentum(), n);
       largest = found > largest ? found : largest;
     }
     const RandomUnit for_param(kOnlyCatchesUp ? rounding.caught_up_key : rounding.param_key, row);
     const RandomUnit for_momentum(rounding.momentum_key, row);
+    alignas(kCacheLine) T momentum[kBlock] = {};
     for (int64_t c = 0; c < item_.dim; c += kBlock) {
       const int64_t n = item_.dim - c < kBlock ? item_.dim - c : kBlock;
       const BlockPlace where = block_place(at, c);
-      Block<T, Rule::kStates> block(item_.param, item_.states, where, n);
-      block.update(rule, grad_of(c, n), item_.block_scales ? item_.scales[c / kBlock] : scale);
-      if (moves_param(rule)) {
-        if (rounding.param) block.store_param(for_param, c);
-        else block.store_param();
-      }
-      block.store_states();
+      update_rounded_block(rule, grad_of(c, n), item_.param, item_.states, where, n,
+                           item_.block_scales ? item_.scales[c / kBlock] : scale,
+                           rounding.param ? &for_param : nullptr, c, momentum);
       if (!quantises) continue;
-      if (item_.dim <= kBlock) largest = block.largest_momentum();
+      if (item_.dim <= kBlock) largest = largest_bits(momentum, n);
       item_.scales[row] = quantisation_scale(largest);
-      block.quantise_momentum(item_.scales[row], for_momentum, c);
+      quantise(item_.states[0], where.states[0], where.state_indices[0], n, momentum,
+               item_.scales[row], for_momentum, c);
     }
   }
 

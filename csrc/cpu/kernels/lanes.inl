@@ -49,14 +49,6 @@ TIGER_EXT_INLINE void store_lanes(const float* in, Float16* out) {
                       _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
-// first + l * RandomUnit::kStep: a compiler would compute each by itself.
-TIGER_EXT_INLINE void add_to_lanes(uint32_t first, uint32_t* out) {
-  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512i steps =
-      _mm512_mullo_epi32(lane, _mm512_set1_epi32(static_cast<int>(RandomUnit::kStep)));
-  _mm512_storeu_si512(out, _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(first)), steps));
-}
-
 // Of each the lower half, or the lowest byte.
 TIGER_EXT_INLINE void store_low_lanes(const uint32_t* in, uint16_t* out) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(out),
@@ -117,17 +109,6 @@ TIGER_EXT_INLINE void store_lanes(const float* in, Float16* out) {
   }
 }
 
-// first + l * RandomUnit::kStep: a compiler would compute each by itself.
-TIGER_EXT_INLINE void add_to_lanes(uint32_t first, uint32_t* out) {
-  const __m256i step = _mm256_set1_epi32(static_cast<int>(RandomUnit::kStep));
-  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  for (int l = 0; l < kLanes; l += 8) {
-    const __m256i steps = _mm256_mullo_epi32(_mm256_add_epi32(lane, _mm256_set1_epi32(l)), step);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + l),
-                        _mm256_add_epi32(_mm256_set1_epi32(static_cast<int>(first)), steps));
-  }
-}
-
 // The packing goes by halves of the vectors.
 TIGER_EXT_INLINE __m256i low_halves(const void* in) {
   const __m256i mask = _mm256_set1_epi32(0xFFFF);
@@ -148,10 +129,6 @@ TIGER_EXT_INLINE void store_low_lanes(const int32_t* in, int8_t* out) {
 
 #else
 
-TIGER_EXT_INLINE void add_to_lanes(uint32_t first, uint32_t* out) {
-  for (int l = 0; l < kLanes; ++l) out[l] = first + static_cast<uint32_t>(l) * RandomUnit::kStep;
-}
-
 // Of each the lower half, or the lowest byte.
 TIGER_EXT_INLINE void store_low_lanes(const uint32_t* in, uint16_t* out) {
   for (int l = 0; l < kLanes; ++l) out[l] = static_cast<uint16_t>(in[l]);
@@ -162,30 +139,105 @@ TIGER_EXT_INLINE void store_low_lanes(const int32_t* in, int8_t* out) {
 
 #endif
 
-// The random bits of elements c, c + 1, ...
-TIGER_EXT_INLINE void random_lanes(const RandomUnit& random, int64_t c, uint32_t* out) {
-  const uint32_t first = random.low + static_cast<uint32_t>(c) * RandomUnit::kStep;
-  add_to_lanes(first, out);
-  for (int l = 0; l < kLanes; ++l) out[l] = random.mixed(out[l]);
+// The compiler's vectors, as wide as the processor's, where it would not find them in a loop.
+#if defined(TIGER_EXT_AVX512)
+constexpr int kWidth = 16;
+#elif defined(TIGER_EXT_AVX2)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+using FloatLanes = float __attribute__((vector_size(kWidth * 4)));
+using IntLanes = int32_t __attribute__((vector_size(kWidth * 4)));
+using BitLanes = uint32_t __attribute__((vector_size(kWidth * 4)));
+
+template <typename To, typename From>
+TIGER_EXT_INLINE void copy_lanes(const From& from, To& to) {
+  static_assert(sizeof(From) == sizeof(To));
+  memcpy(&to, &from, sizeof to);
+}
+
+// The random bits of elements c, c + 1, ...: see RandomUnit.
+TIGER_EXT_INLINE void random_lanes(const RandomUnit& random, int64_t c, BitLanes& x) {
+  alignas(kCacheLine) static constexpr uint32_t kPlaces[] = {0, 1, 2,  3,  4,  5,  6,  7,
+                                                             8, 9, 10, 11, 12, 13, 14, 15};
+  memcpy(&x, kPlaces, sizeof x);
+  x = (x + static_cast<uint32_t>(c)) * RandomUnit::kStep + random.low;
+  x ^= x >> 16;
+  x *= 0x7FEB352Du;
+  x ^= random.high;
+  x ^= x >> 15;
+  x *= 0x846CA68Bu;
+  x ^= x >> 16;
+}
+
+// See round_bfloat16.
+TIGER_EXT_INLINE void round_lanes(const FloatLanes& x, const BitLanes& random, BitLanes& half,
+                                  BFloat16*) {
+  BitLanes u;
+  copy_lanes(x, u);
+  half = x != x ? u >> 16 | 0x0040u : (u + (random >> 16)) >> 16;
+}
+
+// See round_float16.
+TIGER_EXT_INLINE void round_lanes(const FloatLanes& x, const BitLanes& random, BitLanes& half,
+                                  Float16*) {
+  BitLanes u;
+  copy_lanes(x, u);
+  const BitLanes sign = u >> 16 & 0x8000u, magnitude = u & 0x7FFFFFFFu, draw = random >> 19;
+  const BitLanes rounded = (magnitude - (112u << 23) + draw) >> 13,
+                 infinite = rounded - rounded + 0x7C00u;
+  const BitLanes normal = magnitude >= 0x47800000u ? infinite
+                          : rounded >= 0x7C00u     ? infinite
+                                                   : rounded;
+  FloatLanes size;
+  copy_lanes(magnitude, size);
+  IntLanes whole;
+  copy_lanes(draw, whole);
+  const auto small = magnitude < 0x38800000u;
+  const FloatLanes units =
+      size * 0x1p24f + (__builtin_convertvector(whole, FloatLanes) + 0.5f) * 0x1p-13f;
+  const IntLanes subnormal = __builtin_convertvector(small ? units : units - units, IntLanes);
+  BitLanes fine;
+  copy_lanes(subnormal, fine);
+  half = sign | (magnitude > 0x7F800000u ? infinite | 0x0200u : small ? fine : normal);
 }
 
 // Rounded stochastically: elements c, c + 1, ... of a unit.
 template <typename S>
 TIGER_EXT_INLINE void store_lanes_rounded(const float* in, S* out, const RandomUnit& random,
                                           int64_t c) {
-  uint32_t bits[kLanes], half[kLanes];
-  random_lanes(random, c, bits);
-  for (int l = 0; l < kLanes; ++l) half[l] = rounded_to<S>(in[l], bits[l]).bits;
-  store_low_lanes(half, &out->bits);
+  uint32_t lanes[kLanes];
+  for (int l = 0; l < kLanes; l += kWidth) {
+    BitLanes bits, half;
+    FloatLanes x;
+    random_lanes(random, c + l, bits);
+    memcpy(&x, in + l, sizeof x);
+    round_lanes(x, bits, half, out);
+    memcpy(lanes + l, &half, sizeof half);
+  }
+  store_low_lanes(lanes, &out->bits);
 }
 
-// Likewise to int8.
+// Likewise to int8: see `quantised`.
 TIGER_EXT_INLINE void store_lanes_quantised(const float* in, int8_t* out, float inverse,
                                             const RandomUnit& random, int64_t c) {
-  uint32_t bits[kLanes];
   int32_t q[kLanes];
-  random_lanes(random, c, bits);
-  for (int l = 0; l < kLanes; ++l) q[l] = quantised(in[l], inverse, bits[l]);
+  for (int l = 0; l < kLanes; l += kWidth) {
+    BitLanes bits;
+    FloatLanes x;
+    IntLanes draw;
+    random_lanes(random, c + l, bits);
+    memcpy(&x, in + l, sizeof x);
+    copy_lanes(bits >> 16, draw);
+    const FloatLanes y =
+        x * inverse + (__builtin_convertvector(draw, FloatLanes) + 0.5f) * 0x1p-16f;
+    const IntLanes whole = __builtin_convertvector(y, IntLanes);
+    const IntLanes below = whole + (__builtin_convertvector(whole, FloatLanes) > y);
+    const IntLanes most = whole - whole + 127;
+    const IntLanes bounded = below > most ? most : below < -most ? -most : below;
+    memcpy(q + l, &bounded, sizeof bounded);
+  }
   store_low_lanes(q, out);
 }
 

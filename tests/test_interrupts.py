@@ -25,6 +25,8 @@ MODES = {
     "decay": (AdamW, {"lazy": "decay"}),
     "window": (Tiger, {"lazy": "exact", "accumulation_steps": 2}),
     "skip": (Tiger, {"nonfinite": "skip", "accumulation_steps": 2}),
+    "row": (AdamW, {"lazy": "decay", "second_moment": "row"}),
+    "int8": (Tiger, {"lazy": "exact", "momentum_dtype": torch.int8}),
 }
 
 

@@ -1465,3 +1465,68 @@ def test_groups_with_small_state_stand_beside_others(fused, cls, options):
         other.step()
     assert same_bits(q.detach(), alone.detach())
     assert opt.state[q].keys() == other.state[alone].keys()
+
+
+@pytest.mark.parametrize("cls", [Tiger, AdamW])
+def test_scales_of_rows_and_of_blocks_are_never_mistaken_for_each_other(fused, cls):
+    p = parameter(3, 1, 250)  # as many blocks as rows, of whatever dimensions
+    opt = cls([p], lr=0.0, momentum_dtype=torch.int8, fused=fused)
+    p.grad = dense_grad(p)
+    opt.step()
+    state, m = opt.state[p], p.grad * (1 - opt.param_groups[0]["betas"][0])
+    scale = state["exp_avg_scale"].flatten()
+    blocks = scale.repeat_interleave(256)[:750].reshape(p.shape)
+    assert float((state["exp_avg"] * blocks - m).abs().max()) <= float(scale.max()) * 1.001
+    p.grad = torch.sparse_coo_tensor(torch.zeros(2, 0).long(), torch.zeros(0, 250), p.shape)
+    opt.step()
+    assert state["exp_avg_scale"].shape == (3, 1)
+    rows = state["exp_avg_scale"][..., None]
+    assert float((state["exp_avg"] * rows - m).abs().max()) <= float(scale.max()) * 2.002
+    check = copy.deepcopy(state)
+    p.grad = torch.sparse_coo_tensor(torch.zeros(2, 0).long(), torch.zeros(0, 250), p.shape)
+    opt.step()
+    assert all(same_bits(state[name], check[name]) for name in ("exp_avg", "exp_avg_scale"))
+
+
+def test_a_row_wise_second_moment_has_an_int8_momentum_by_rows(fused):
+    p = parameter(4, 300)
+    opt = AdamW([p], second_moment="row", momentum_dtype=torch.int8, fused=fused)
+    for _ in range(2):
+        p.grad = dense_grad(p)
+        opt.step()
+    assert opt.state[p]["exp_avg_scale"].shape == opt.state[p]["exp_avg_sq"].shape == (4,)
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trains", "frozen"])
+def test_a_dtype_that_is_changed_before_a_flush_or_a_thaw_is_heeded(fused, frozen):
+    p = parameter(6, 5)
+    opt = Tiger([p], lazy="decay", momentum_dtype=torch.int8, fused=fused)
+    p.grad = coo([0, 1], torch.ones(2, 5), p.shape)
+    opt.step()
+    p.grad = None
+    opt.step()
+    if frozen:
+        p.requires_grad_(False)
+        opt.step()
+    opt.param_groups[0]["momentum_dtype"] = None
+    opt.flush()
+    p.requires_grad_(True)
+    p.grad = coo([0], torch.zeros(1, 5), p.shape)
+    opt.step()
+    opt.flush()
+    m = opt.state[p]["exp_avg"]
+    assert m.dtype == torch.float32 and "exp_avg_scale" not in opt.state[p]
+    torch.testing.assert_close(m[:2], torch.full((2, 5), (1 - 0.965) * 0.965**2))
+
+
+def test_a_window_may_close_after_its_dtype_has_changed(fused):
+    p = parameter(6, 5)
+    opt = Tiger([p], accumulation_steps=3, momentum_dtype=torch.int8, fused=fused)
+    p.grad = dense_grad(p)
+    opt.step()
+    before = p.detach().clone()
+    opt.param_groups[0]["momentum_dtype"] = None
+    opt.close_window()
+    assert opt.state[p]["exp_avg"].dtype == torch.float32
+    moved = before * (1 - 1e-5) - 1e-3 * opt.state[p]["exp_avg"].sign()
+    torch.testing.assert_close(p.detach(), moved)

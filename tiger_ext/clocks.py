@@ -36,7 +36,7 @@ class GroupClock:
         frozen: of parameters that do not take part (``requires_grad`` is False): the step up to
             which they did.
         clocked: the parameters that have, or had, a ``last_step``.
-        storage: the options by which moments were stored in the last step; None: there was none.
+        storage: the options by which moments are stored; None: as the group has them.
         versions: where no kernels are used: the implementations and versions of parameters, to
             notice other writers.
         warned: the parameters of which it need not be said (again) that others wrote to rows that

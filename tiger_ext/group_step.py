@@ -17,7 +17,7 @@ from tiger_ext.options import Moment, algorithm_of, direction_scale, moments_of
 from tiger_ext.parameters import parameter_name
 from tiger_ext.rounding import Draws, keep_seed, rounds
 
-__all__ = ["GroupStep", "group_steps", "is_row_lazy", "lacks_kernels"]
+__all__ = ["GroupStep", "group_steps", "is_row_lazy", "lacks_kernels", "storage_of"]
 
 
 def lacks_kernels(options: Mapping[str, Any], device: torch.device) -> str | None:
@@ -31,6 +31,11 @@ def lacks_kernels(options: Mapping[str, Any], device: torch.device) -> str | Non
     if options["momentum_dtype"] == torch.int8:
         return "momentum_dtype=torch.int8"
     return None
+
+
+def storage_of(options: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what a group's options say of how moments are stored."""
+    return options.get("second_moment"), options["momentum_dtype"] == torch.int8
 
 
 def group_steps(groups: Iterable[dict[str, Any]], clocks: Iterable[GroupClock]) -> list[GroupStep]:
@@ -63,6 +68,7 @@ class GroupStep:
         closes: whether this step is a window's last.
         whole: parameters that ``rows="tracked"`` does not concern.
         native: whether native kernels may take it.
+        storage: how its options want moments to be stored; the clock has how they are.
     """
 
     __slots__ = (
@@ -76,6 +82,7 @@ class GroupStep:
         "number",
         "options",
         "params",
+        "storage",
         "whole",
         "window",
     )
@@ -102,6 +109,9 @@ class GroupStep:
             self.window = clock.windows + 1
             self.micro_step = clock.micro_steps + 1
             self.closes = self.micro_step >= self.micro_steps
+        self.storage = storage_of(options)
+        if clock.storage is None:
+            clock.storage = self.storage
         self.native = _native.C is not None and options["fused"] is not False
 
     @property
@@ -123,11 +133,6 @@ class GroupStep:
         if not rounds(self.options):
             return None
         return Draws(self.options["rounding_seed"], step, self.number + position)
-
-    @property
-    def storage(self) -> tuple[Any, ...]:
-        """Return what the options say of how moments are stored."""
-        return self.options.get("second_moment"), self.options["momentum_dtype"] == torch.int8
 
     @property
     def in_window(self) -> bool:

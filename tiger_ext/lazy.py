@@ -72,7 +72,9 @@ def catch_up(
     if p.numel() == 0 or p.is_meta:
         return
     arguments = (group, position, state, last_step, ids, progress, until)
-    if not group.native or not _catch_up_natively(*arguments):
+    # What is stored as an option wanted that has been changed since is read by the reference.
+    native = group.native and group.storage == group.clock.storage
+    if not native or not _catch_up_natively(*arguments):
         where: tuple[Tensor, ...] | None = None
         if ids is not None:
             ids = ids.reshape(-1).to(p.device, torch.int64)
@@ -163,12 +165,17 @@ def make_current(
         group.clock.freeze(p)
         return
     wanted = ("last_step", *(moment.name for moment in group.moments()))
-    if any(name not in states.get(p, {}) for name in wanted):
+    missing = any(name not in states.get(p, {}) for name in wanted)
+    if missing or group.storage != group.clock.storage:
         changes = StateChanges(states, what)
         try:
-            complete_state(p, group, changes)
-            for fill in convert_state(group, position, changes):
+            if missing:
+                complete_state(p, group, changes)
+            changed = group.storage != group.clock.storage
+            for fill in convert_state(group, position, changes, anew=changed):
                 fill()
+            if changed:
+                group.clock.storage = ()  # not all of the group's parameters yet
         except BaseException:
             finish(changes.take_back)
             raise

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tiger_ext.clocks import PLACEHOLDERS, Clocks, GroupClock
+from tiger_ext.group_step import storage_of
 from tiger_ext.history import MAX_STEPS, History
 from tiger_ext.moments import SCALES, block_scales, is_int8, is_row_wise, is_scale
 from tiger_ext.options import (
@@ -109,6 +110,8 @@ class Loaded:
             for p, own in zip(group["params"], each, strict=True):
                 if own:
                     state[p] = own
+        for group, clock in zip(groups, self._clocks, strict=True):
+            clock.storage = storage_of(group)
         clocks.replace(groups, self._clocks)
 
 

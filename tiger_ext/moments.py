@@ -6,7 +6,8 @@ stored by rows is divided anew where a gradient with other rows comes.
 
 An int8 moment is ``q * scale``, with one scale, ``exp_avg_scale``, for each row where the update
 goes by rows or may, else for each block of 256 elements, in the order in which ``q`` lies in
-memory. Scales of blocks are ``[blocks, 1]``, those of rows have the rows' shape.
+memory. Scales of rows have the rows' shape, those of blocks are ``[blocks, 1]``, which is never the
+shape of rows (of a parameter ``[blocks, 1, ...]`` there are more dimensions of length 1).
 """
 
 from __future__ import annotations
@@ -55,9 +56,10 @@ def is_int8(moment: Moment, options: Mapping[str, Any]) -> bool:
     return not moment.wide and options["momentum_dtype"] == torch.int8
 
 
-def block_scales(p: Tensor) -> tuple[int, int]:
-    """Return the shape of the scales of blocks."""
-    return -(-p.numel() // BLOCK), 1
+def block_scales(p: Tensor) -> tuple[int, ...]:
+    """Return the shape of the scales of blocks: ``[blocks, 1]``, unless rows might have that."""
+    shape = (-(-p.numel() // BLOCK), 1)
+    return shape if p.shape[:2] != shape else (*shape, *[1] * (p.dim() - 1))
 
 
 def stored_dims(p: Tensor, group: GroupStep, state: Mapping[str, Any]) -> int:
@@ -74,16 +76,20 @@ def stored_dims(p: Tensor, group: GroupStep, state: Mapping[str, Any]) -> int:
 def row_dims(p: Tensor, group: GroupStep, state: Mapping[str, Any], *, anew: bool = False) -> int:
     """Return how many leading dimensions make a row of what is to be stored by rows.
 
-    ``anew``: whatever it has been so far.
+    ``anew``: whatever it has been so far, and not yet for this step's gradient where there are
+    clocks, which are divided after it.
     """
     g = p.grad
+    clocked = group.history is not None and "last_step" in state and state["last_step"].dim() > 0
+    if anew and clocked:
+        return int(state["last_step"].dim())
     if g is not None and g.layout == torch.sparse_coo:
         return g.sparse_dim()
     if group.window and "window" in state and state["window"].dim() > 0:
         return int(state["window"].dim())
     if is_row_lazy(p, group) or group.options.get("scale") == "rms_rows":
         return 1
-    if group.history is not None and "last_step" in state and state["last_step"].dim() > 0:
+    if clocked:
         return int(state["last_step"].dim())
     if not anew:
         for moment in group.moments():
@@ -99,11 +105,15 @@ def _scales_rows(p: Tensor, moment: Moment, group: GroupStep, state: Mapping[str
     options = group.options
     if not is_int8(moment, options):
         return False
-    if p.dim() >= 2 and (options["rows"] is not None or options["lazy"] != "frozen"):
+    lazy = options["rows"] is not None or options["lazy"] != "frozen"
+    if p.dim() >= 2 and (lazy or options.get("second_moment") == "row"):
         return True
     if p.dim() > 0 and options.get("scale") == "rms_rows":
         return True
     if p.grad is not None and p.grad.layout == torch.sparse_coo:
+        return True
+    by_rows = (group.window and state.get("window"), group.history and state.get("last_step"))
+    if any(isinstance(clock, Tensor) and clock.dim() > 0 for clock in by_rows):
         return True
     return _dims_of_scale(p, moment, state) > 0
 
@@ -117,7 +127,12 @@ def _dims_of_scale(p: Tensor, moment: Moment, state: Mapping[str, Any]) -> int:
 
 
 def new_moments(
-    p: Tensor, moment: Moment, group: GroupStep, state: Mapping[str, Any], *, anew: bool = False
+    p: Tensor,
+    moment: Moment,
+    group: GroupStep,
+    state: Mapping[str, Any],
+    *,
+    anew: bool = False,
 ) -> dict[str, Tensor]:
     """Return a moment, and its scales if it has any, without values.
 
@@ -227,7 +242,10 @@ def written_moment(
         line[order] = t.flatten()
         blocks.append(line.reshape(-1, BLOCK))
     q, scales = quantised(*blocks)
-    return [(stored, q.flatten()[order].reshape(units.shape)), (scale, scales.reshape(1, -1, 1))]
+    return [
+        (stored, q.flatten()[order].reshape(units.shape)),
+        (scale, scales.reshape(1, *scale.shape)),
+    ]
 
 
 # ------------------------------------------------------------------------------------ converting

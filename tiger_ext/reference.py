@@ -189,6 +189,17 @@ def shrink(param: Tensor, *, ratio: float, to: float) -> Tensor:
     return to + ratio * (param - to)
 
 
+def mean_over(grad: Tensor, rows: torch.Size) -> Tensor:
+    """Return the mean square of each row, summed in float64, in the dtype of ``grad``.
+
+    ``rows`` is the result's shape, with length 1 in the dimensions of a row.
+    """
+    dims = [d for d in range(grad.dim()) if rows[d] == 1]
+    squares = grad.double().square()
+    sums = squares.sum(dims, keepdim=True) if dims else squares
+    return (sums / max(squares.numel() // max(sums.numel(), 1), 1)).to(grad.dtype)
+
+
 def adamw(
     param: Tensor, grad: Tensor, moments: list[Tensor | None], use: Use
 ) -> tuple[Tensor, list[Tensor | None]]:
@@ -213,17 +224,6 @@ def adamw(
     v_hat = exp_avg_sq / (1 - beta2**use.step)
     param = (1 - use.lr * use.weight_decay) * param - use.lr * m_hat / (v_hat.sqrt() + use.eps)
     return param, [exp_avg, exp_avg_sq]
-
-
-def mean_over(grad: Tensor, rows: torch.Size) -> Tensor:
-    """Return the mean square of each row, summed in float64, in the dtype of ``grad``.
-
-    ``rows`` is the result's shape, with length 1 in the dimensions of a row.
-    """
-    dims = [d for d in range(grad.dim()) if rows[d] == 1]
-    squares = grad.double().square()
-    sums = squares.sum(dims, keepdim=True) if dims else squares
-    return (sums / max(squares.numel() // max(sums.numel(), 1), 1)).to(grad.dtype)
 
 
 def sum_duplicates(

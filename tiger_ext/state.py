@@ -141,7 +141,8 @@ def convert_state(
         group: the parameter's group.
         position: of the parameter in it; its state is complete, or will not be needed.
         changes: note what is replaced.
-        anew: rows that the state has already do not matter: an option has been changed.
+        anew: an option has been changed: the rows that the state has already do not matter, and
+            clocks are not yet divided for the step's gradient.
 
     Returns:
         What gives them their values, once the rows of the former ones have caught up.

@@ -235,7 +235,7 @@ class Step:
                 group.history.check_room()
                 if group.clock.frozen:
                     self._prepare_thaw(this, group)
-            if adds and group.storage != group.clock.storage and group.clock.storage is not None:
+            if group.storage != group.clock.storage:
                 self._convert_all(this, group)
             if adds and group.window > MAX_STEPS:
                 raise OverflowError(f"accumulation windows count at most {MAX_STEPS}")

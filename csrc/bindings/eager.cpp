@@ -320,7 +320,9 @@ class Step {
                              : lazy && u.last_step.dim() > 0 ? u.last_step.dim()
                                                              : -1;
         if (u.row_moment.defined()) complete = has_rows(u, u.row_moment, dims);
-        if (u.scale.defined())
+        if (u.scale.defined() && u.row_moment.defined())
+          complete = complete && has_rows(u, u.scale, u.row_moment.dim());
+        else if (u.scale.defined())
           complete = complete && (dims < 0 && !has_row_scales(u) ? has_block_order(u)
                                                                  : has_rows(u, u.scale, dims));
       }

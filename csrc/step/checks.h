@@ -111,9 +111,9 @@ inline Storage state_storage(const Update& u, int k) {
 inline void check_scale(const Update& u) {
   if (!u.scale.defined()) return;
   const int64_t blocks = (u.param.numel() + kRoundingBlock - 1) / kRoundingBlock;
-  const int64_t by_block[] = {blocks, 1};
-  if (!is_list(u, u.scale, at::kFloat) ||
-      !(has_row_scales(u) || u.scale.sizes() == at::IntArrayRef(by_block)))
+  const bool by_block =
+      u.scale.dim() >= 2 && u.scale.size(0) == blocks && u.scale.numel() == blocks;
+  if (!is_list(u, u.scale, at::kFloat) || !(has_row_scales(u) || by_block))
     refuse(u, "the state ", rule_info(u.rule.kind).state_names[0],
            "_scale must be a contiguous float32 tensor on ", u.param.device(), ", one a row or [",
            blocks, ", 1], got ", u.scale.scalar_type(), " ", u.scale.sizes(), " on ",

@@ -4,12 +4,16 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import mmap
 import re
+import struct
 from pathlib import Path
 
 from torch import Tensor
 
+_PAGEMAP_SCAN = 3 << 30 | 96 << 16 | ord("f") << 8 | 16
+_HUGE = 1 << 6
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -24,8 +28,17 @@ def existing_bytes(tensor: Tensor) -> int:
 
 
 def huge_bytes(tensor: Tensor) -> int:
-    """Return how much of the mappings in which a tensor lies is in huge pages."""
-    return _sum(tensor, r"^(?:AnonHugePages|ShmemPmdMapped|FilePmdMapped): +(\d+) kB")
+    """Return how much of a tensor's memory is in huge pages; OSError before Linux 6.7."""
+    start = tensor.data_ptr() & -mmap.PAGESIZE
+    end = -(-(tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE) * mmap.PAGESIZE
+    regions = (ctypes.c_uint64 * (3 * 1024))()
+    # struct pm_scan_arg: size, flags, start, end, walk_end, vec, vec_len, max_pages, inverted, ...
+    scan = struct.pack(
+        "12Q", 96, 0, start, end, 0, ctypes.addressof(regions), 1024, 0, 0, _HUGE, 0, _HUGE
+    )
+    with open("/proc/self/pagemap", "rb") as pages:
+        found = fcntl.ioctl(pages, _PAGEMAP_SCAN, bytearray(scan))
+    return sum(regions[3 * k + 1] - regions[3 * k] for k in range(found))
 
 
 def asks_for_huge_pages(tensor: Tensor) -> bool:
@@ -36,12 +49,6 @@ def asks_for_huge_pages(tensor: Tensor) -> bool:
         if re.search(r"^VmFlags:.* hg", text, re.M)
     )
     return 2 * asked > tensor.nbytes
-
-
-def _sum(tensor: Tensor, pattern: str) -> int:
-    return 1024 * sum(
-        int(number) for *_, text in _mappings(tensor) for number in re.findall(pattern, text, re.M)
-    )
 
 
 def _mappings(tensor: Tensor) -> list[tuple[int, int, str]]:

@@ -28,13 +28,22 @@ def sparse(table, ids, seed=0):
     return torch.sparse_coo_tensor(torch.tensor([ids]), values, table.shape)
 
 
+def can_see_huge_pages() -> bool:
+    try:
+        huge_bytes(torch.zeros(1))
+    except OSError:
+        return False
+    return True
+
+
 def thp() -> str:
     path = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     return re.findall(r"\[(\w+)\]", path.read_text())[0] if path.exists() else "never"
 
 
 with_huge_pages = pytest.mark.skipif(
-    tiger_ext._native.C is None or thp() == "never", reason="no transparent huge pages"
+    tiger_ext._native.C is None or thp() == "never" or not can_see_huge_pages(),
+    reason="no transparent huge pages, or no way to see them",
 )
 
 # ------------------------------------------------------------------------------- empty_table
@@ -378,10 +387,15 @@ def test_a_checkpoint_is_loaded_and_trained_in_bounded_memory(tmp_path, run_pyth
 # -------------------------------------------------------------------------------- huge pages
 
 
-def wait_for_the_thread():
-    end = time.monotonic() + 30
-    while huge_pages._mover._thread is not None and time.monotonic() < end:
-        time.sleep(0.01)
+def wait_until(happened, seconds=20.0):
+    end = time.monotonic() + seconds
+    while not happened() and time.monotonic() < end:
+        time.sleep(0.002)
+    return happened()
+
+
+def is_huge(tensor):
+    return huge_bytes(tensor) > 0.85 * tensor.nbytes  # not both ends
 
 
 def table_in_use(rows=700_001):
@@ -397,8 +411,7 @@ def test_a_table_in_use_moves_to_huge_pages_after_its_first_step():
     opt = Tiger([p], lr=0.1)
     opt.step()
     after = p.detach().clone()
-    wait_for_the_thread()
-    assert huge_bytes(p) > 0.85 * p.nbytes
+    assert wait_until(lambda: is_huge(p))
     assert torch.equal(p.detach(), after)
 
 
@@ -407,36 +420,57 @@ def test_a_table_in_shared_memory_moves_to_huge_pages():
     p = Parameter(empty_table(700_001, 16, shared=True).fill_(1.0))
     p.grad = sparse(p, [1, 5])
     Tiger([p]).step()
-    wait_for_the_thread()
     if p.data_ptr() % (2 * MIB):
         pytest.skip("the system has mapped it where no huge page begins")
-    assert huge_bytes(p) > 0.85 * p.nbytes
+    assert wait_until(lambda: is_huge(p))
 
 
 @with_huge_pages
-def test_pages_that_do_not_exist_are_not_moved():
-    p = Parameter(empty_table(700_001, 16, shared=True))
+def test_state_moves_once_half_of_it_is_written():
+    p = table_in_use()
+    opt = Tiger([p], lr=0.1)
+    opt.step()
+    momentum = opt.state[p]["exp_avg"]
+    assert wait_until(lambda: is_huge(p))  # the thread has been there
+    assert huge_bytes(momentum) == 0 and existing_bytes(momentum) < 0.2 * momentum.nbytes
+    before = momentum.clone()
+    p.grad = sparse(p, list(range(0, len(p), 100)))
+    opt.step()
+    after = momentum.clone()
+    assert wait_until(lambda: is_huge(momentum))
+    assert torch.equal(momentum, after) and not torch.equal(before, after)
+
+
+@with_huge_pages
+@pytest.mark.parametrize("kind", ["anonymous", "shared"])
+def test_pages_that_do_not_exist_are_not_moved(kind):
+    p = Parameter(empty_table(700_001, 16, shared=kind == "shared", huge_pages=False))
     p.grad = sparse(p, [1, 5])
-    Tiger([p]).step()
-    wait_for_the_thread()
-    assert existing_bytes(p) <= MIB
+    other = table_in_use()
+    for each in (p, other):
+        Tiger([each]).step()
+    assert wait_until(lambda: is_huge(other))
+    assert existing_bytes(p) <= 3 * 4096
 
 
 @with_huge_pages
-def test_a_table_that_is_freed_or_replaced_while_it_moves_is_let_go():
-    for free in (lambda p: None, lambda p: setattr(p, "data", torch.zeros(700_001, 16))):
-        p = table_in_use()
+def test_a_table_that_is_freed_or_replaced_while_it_moves_is_let_go(monkeypatch):
+    monkeypatch.setattr(huge_pages, "_mover", huge_pages._Mover())
+    for name in ("_FIRST_WAIT", "_LONGEST_WAIT"):
+        monkeypatch.setattr(huge_pages, name, 0.01)
+    frees = [lambda p: None, lambda p: setattr(p, "data", torch.ones(700_001, 16))]
+    for free in frees:
+        p = table_in_use(4_000_000)
         storage = StorageWeakRef(p.untyped_storage())
         Tiger([p]).step()
         assert not storage.expired() and huge_pages._mover._thread is not None
         free(p)
+        kept = [p] if free is frees[1] else []
         del p
-        end = time.monotonic() + 0.25  # all of it would take longer
-        while not storage.expired() and time.monotonic() < end:
-            time.sleep(0.002)
-        assert storage.expired()
-    wait_for_the_thread()
-    assert huge_pages._mover._thread is None
+        assert wait_until(storage.expired, 0.1)  # all of it would take longer
+    assert wait_until(lambda: is_huge(kept[0]))  # the new memory is moved
+    kept.clear()
+    assert wait_until(lambda: huge_pages._mover._thread is None)
 
 
 def test_a_process_ends_while_a_table_moves(run_python):

@@ -131,8 +131,12 @@ def rule_forms() -> dict[str, list[list[str]]]:
 def advise_huge_pages(data: int, bytes: int) -> None:
     """Ask for huge pages behind what is not yet written."""
 
-def move_to_huge_pages(data: int, bytes: int) -> int:
-    """Move what is written to huge pages; return 0 or the number of the system's error."""
+def huge_pages_wanted() -> bool: ...
+def move_to_huge_page(page: int) -> int:
+    """Move 2 MiB to a huge page.
+
+    Return 0; -1 if less than half is written; or the number of the system's error.
+    """
 
 def row_norms(grads: list[Tensor], p: float) -> Tensor:
     """The p-norms, float64 [grads], of sparse gradients on the CPU; rows are summed on the way."""

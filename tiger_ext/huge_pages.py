@@ -8,7 +8,6 @@ import os
 import threading
 import time
 import weakref
-from collections import deque
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +16,13 @@ from tiger_ext import _native
 
 __all__ = ["advise_huge_pages", "is_large", "move_to_huge_pages"]
 
+_HUGE_PAGE = 2 << 20
 # Below this size a table's page table fits the caches.
 _LARGE_TABLE_BYTES = 32 << 20
-# What is moved at a time: one huge page.
-_SLICE_BYTES = 2 << 20
-# How long the thread rests after a slice, in times of what the slice took, and at least.
-_REST, _SHORTEST_REST = 3.0, 1e-3
+# How long the thread rests after a page, in times of what that took, and at least, in seconds.
+_REST, _SHORTEST_REST = 1.0, 5e-4
+# When a table is looked at again parts of which were not in use: ever later.
+_FIRST_WAIT, _LONGEST_WAIT = 0.5, 60.0
 # After so many refusals in a row the system will not have it: a file, no huge pages left.
 _REFUSALS = 16
 
@@ -48,34 +48,37 @@ def advise_huge_pages(storage: torch.UntypedStorage) -> None:
 
 
 def move_to_huge_pages(tensor: Tensor) -> None:
-    """Have what is written of a tensor on the CPU moved to huge pages, in the background.
+    """Have a tensor on the CPU moved to huge pages in the background, where half is written.
 
     Its contents and its address stay as they are. The tensor may be freed or replaced meanwhile.
     """
-    # No bytes: asks whether huge pages are wanted at all.
-    if _native.C is not None and _native.C.move_to_huge_pages(0, 0) == 0:
+    if _native.C is not None and _native.C.huge_pages_wanted():
         _mover.add(tensor)
 
 
 class _Mover:
-    """A thread that moves one tensor after the other, and ends when there are no more.
+    """A thread that moves tables to huge pages, one page after the other.
 
-    Why a thread, and not a slice in each step: a step would be longer by every slice it moves
-    (0.5 ms for 2 MiB; 5 ms where a virtual machine's host must first provide the memory), and a
-    table of 6.4 GB would take 3,200 steps; the thread takes no step's time but that of page
-    faults that happen while one huge page is copied. Why it rests: whenever it copies, steps that
-    touch the same rows wait, and on a machine whose cores are all busy it takes time from them.
+    Why not in the steps: a page takes 0.5 ms, and 6 ms where a virtual machine's host must first
+    provide the memory. One page a step makes each step so much longer, for the 3,200 steps that a
+    table of 6.4 GB takes; the thread takes from a step only the time of page faults while one page
+    is copied. Why not when the memory is created: a step that writes random rows of 3.2 GB of
+    untouched state takes 0.5 s with small pages (a fault a row), with huge ones, all of which it
+    creates, 12 s on such a machine.
+
+    It ends when no table is left of which a part is not in huge pages.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._waiting: deque[weakref.ref[Tensor]] = deque()
+        self._changed = threading.Condition()
+        self._tables: list[_Table] = []
         self._thread: threading.Thread | None = None
         self._ending = threading.Event()
 
     def add(self, tensor: Tensor) -> None:
-        with self._lock:
-            self._waiting.append(weakref.ref(tensor))
+        with self._changed:
+            self._tables.append(_Table(tensor))
+            self._changed.notify()
             if self._thread is None and not self._ending.is_set():
                 self._thread = threading.Thread(
                     target=self._run, name="tiger_ext huge pages", daemon=True
@@ -83,46 +86,95 @@ class _Mover:
                 self._thread.start()
 
     def end(self) -> None:
-        """Stop; waits for one slice. A thread must not outlive the interpreter."""
+        """Stop; waits for one page. The thread must not outlive the interpreter."""
         self._ending.set()
-        thread = self._thread
+        with self._changed:
+            self._changed.notify()
+            thread = self._thread
         if thread is not None:
             thread.join()
 
     def _run(self) -> None:
-        while True:
-            with self._lock:
-                if not self._waiting or self._ending.is_set():
-                    self._thread = None
-                    return
-                tensor = self._waiting.popleft()
-            self._move(tensor)
+        while (table := self._next()) is not None:
+            if table.move(self._ending):
+                with self._changed:
+                    self._tables.append(table)
 
-    def _move(self, reference: weakref.ref[Tensor]) -> None:
-        storage = _storage(reference)
-        if storage is None:
-            return
-        begin, end = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
-        at, refusals = begin & -_SLICE_BYTES, 0
-        while at < end and refusals < _REFUSALS:
-            first, last = max(at, begin), min(at + _SLICE_BYTES, end)
+    def _next(self) -> _Table | None:
+        """Wait until a table is due and return it; None: the thread ends."""
+        with self._changed:
+            while self._tables and not self._ending.is_set():
+                table = min(self._tables, key=lambda each: each.due)
+                wait = table.due - time.monotonic()
+                if wait <= 0:
+                    self._tables.remove(table)
+                    return table
+                self._changed.wait(wait)
+            self._thread = None
+            return None
+
+
+class _Table:
+    """A tensor on its way to huge pages.
+
+    Attributes:
+        due: when it is to be looked at, by the monotonic clock.
+    """
+
+    __slots__ = ("_begin", "_end", "_moved", "_reference", "_wait", "due")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._reference = weakref.ref(tensor)
+        self._begin = self._end = 0
+        self._moved: set[int] = set()
+        self._wait = _FIRST_WAIT
+        self.due = 0.0
+
+    def move(self, ending: threading.Event) -> bool:
+        """Move the pages that are in use; return whether it is to be looked at again."""
+        if not self._find():
+            return False
+        left, refusals = False, 0
+        for page in range(-(-self._begin // _HUGE_PAGE), self._end // _HUGE_PAGE):
+            if page in self._moved:
+                continue
             start = time.perf_counter()
-            refused = _native.C.move_to_huge_pages(first, last - first)  # type: ignore[union-attr]
+            refused = self._move(page)
+            if refused is None:
+                left = True  # in other memory
+                break
+            left |= refused != 0
+            refusals = refusals + 1 if refused > 0 else 0
+            if refusals >= _REFUSALS or ending.is_set():
+                return False
             took = time.perf_counter() - start
-            refusals = refusals + 1 if refused else 0
-            at += _SLICE_BYTES
-            # It is held during a slice only, so that it can be freed.
-            del storage
-            if self._ending.wait(max(_REST * took, _SHORTEST_REST)):
-                return
-            storage = _storage(reference)
-            if storage is None or (storage.data_ptr(), storage.nbytes()) != (begin, end - begin):
-                return
+            if refused >= 0 and ending.wait(max(_REST * took, _SHORTEST_REST)):
+                return False
+        self.due = time.monotonic() + self._wait
+        self._wait = min(2 * self._wait, _LONGEST_WAIT)
+        return left
 
+    def _move(self, page: int) -> int | None:
+        """Move one; return 0, what the system says, -1: it is not in use; None: it is gone."""
+        storage = self._find()  # which is held until the page is moved, and no longer
+        if storage is None or page not in range(self._begin // _HUGE_PAGE, self._end // _HUGE_PAGE):
+            return None
+        refused: int = _native.C.move_to_huge_page(page * _HUGE_PAGE)  # type: ignore[union-attr]
+        if refused == 0:
+            self._moved.add(page)
+        return refused
 
-def _storage(reference: weakref.ref[Tensor]) -> torch.UntypedStorage | None:
-    tensor = reference()
-    return None if tensor is None else tensor.untyped_storage()
+    def _find(self) -> torch.UntypedStorage | None:
+        """Return where the tensor lies; None: it is freed, or on another device."""
+        tensor = self._reference()
+        if tensor is None or tensor.device.type != "cpu":
+            return None
+        storage = tensor.untyped_storage()
+        begin, end = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+        if (begin, end) != (self._begin, self._end):
+            self._begin, self._end = begin, end
+            self._moved.clear()
+        return storage
 
 
 _mover = _Mover()

@@ -326,7 +326,7 @@ def _taken(where: str, name: str, value: Any, dtype: torch.dtype, device: torch.
 
 def _copy(value: Tensor, device: torch.device) -> Tensor:
     if value.dim() >= 2 and device.type == "cpu" and is_large(value):
-        return untouched_zeros_like(value, value.dtype).copy_(value.detach())
+        return untouched_zeros_like(value, value.dtype, huge_pages=True).copy_(value.detach())
     return value.detach().to(device, copy=True)
 
 

@@ -111,7 +111,8 @@ def complete_state(
     """
     state: dict[str, Any] = changes.state[p]
     fresh = not state
-    if fresh and is_large(p) and (_has_sparse_gradient(p) or (ahead and p.dim() >= 2)):
+    is_table = _has_sparse_gradient(p) or (ahead and p.dim() >= 2)
+    if fresh and is_table and is_large(p):
         move_to_huge_pages(p)
     momentum_dtype = group.options["momentum_dtype"] or p.dtype
     for moment in group.moments():
@@ -119,7 +120,9 @@ def complete_state(
             continue
         changes.will_set(p, moment.name)
         dtype = torch.promote_types(momentum_dtype, p.dtype) if moment.wide else momentum_dtype
-        state[moment.name] = _zeros_like(p, dtype)
+        new = state[moment.name] = _zeros_like(p, dtype)
+        if is_table and is_large(new):
+            move_to_huge_pages(new)
     counts = algorithm_of(group.options["algorithm"]).counts_steps and "step" not in state
     if group.window:
         _complete_window(p, group, changes, ahead)
@@ -149,7 +152,9 @@ def _counters(p: Tensor, dims: int) -> Tensor:
     """Return int32 zeros, one of each row."""
     shape = p.shape[:dims]
     if is_large(p, 4 * shape.numel()):
-        return untouched_zeros(shape, torch.int32)
+        new = untouched_zeros(shape, torch.int32)
+        move_to_huge_pages(new)
+        return new
     return torch.zeros(shape, dtype=torch.int32, device=p.device)
 
 

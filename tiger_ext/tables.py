@@ -102,23 +102,28 @@ def shared_zeros(nbytes: int) -> torch.UntypedStorage:
     return torch.UntypedStorage._new_shared(nbytes + padding, device="cpu")
 
 
-def untouched_zeros(size: Sequence[int], dtype: torch.dtype, stride: Sequence[int] = ()) -> Tensor:
-    """Return zeros on the CPU in pages that do not exist yet, huge ones where the system has them.
+def untouched_zeros(
+    size: Sequence[int], dtype: torch.dtype, stride: Sequence[int] = (), *, huge_pages: bool = False
+) -> Tensor:
+    """Return zeros on the CPU in pages that do not exist yet.
 
     Args:
         size: the shape.
         dtype: the dtype.
         stride: of a layout without gaps; none: contiguous.
+        huge_pages: whether to ask for huge pages, as for what is written at once. State is not: the
+            first step would create all of them (see huge_pages.py).
     """
     storage = _anonymous(max(math.prod(size), 1) * dtype.itemsize)
-    advise_huge_pages(storage)
+    if huge_pages:
+        advise_huge_pages(storage)
     return _tensor(storage, dtype, size, stride)
 
 
-def untouched_zeros_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def untouched_zeros_like(tensor: Tensor, dtype: torch.dtype, *, huge_pages: bool = False) -> Tensor:
     """Return such zeros in the shape and the memory format of a strided tensor."""
     like = torch.empty_like(tensor, dtype=dtype, device="meta", memory_format=torch.preserve_format)
-    return untouched_zeros(like.shape, dtype, like.stride())
+    return untouched_zeros(like.shape, dtype, like.stride(), huge_pages=huge_pages)
 
 
 def _check_count(name: str, value: Any) -> None:

@@ -9,6 +9,8 @@
 #include <vector>
 
 #if defined(__linux__)
+#include <fcntl.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <unistd.h>
 #endif
@@ -24,34 +26,43 @@ constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
 constexpr int kPopulateWrite = 23;  // MADV_POPULATE_WRITE, Linux 5.14
 constexpr int kCollapse = 25;       // MADV_COLLAPSE, Linux 6.1
 
-bool enabled() {
-  static const bool wanted = [] {
-    const char* choice = std::getenv("TIGER_EXT_HUGE_PAGES");
-    return !choice || std::string(choice) != "0";
-  }();
-  return wanted;
-}
-
-struct Range {
-  uintptr_t first, last;
-  size_t bytes() const { return first < last ? last - first : 0; }
-  void* data() const { return reinterpret_cast<void*>(first); }
-};
-
-// The whole huge pages within [data, data + bytes).
-Range huge_pages_in(void* data, size_t bytes) {
-  const uintptr_t start = reinterpret_cast<uintptr_t>(data);
-  return {(start + kHugePage - 1) & ~(kHugePage - 1), (start + bytes) & ~(kHugePage - 1)};
-}
+// Huge pages begin at its multiples.
+uintptr_t rounded_up(uintptr_t address) { return (address + kHugePage - 1) & ~(kHugePage - 1); }
 
 // Whether at least half of a huge page's small pages exist: moving fewer would cost memory.
-bool is_in_use(uintptr_t page) {
+bool is_in_use(void* page) {
   static const size_t small = static_cast<size_t>(sysconf(_SC_PAGESIZE));
   std::vector<unsigned char> there(kHugePage / small);
-  if (mincore(reinterpret_cast<void*>(page), kHugePage, there.data()) != 0) return false;
+  if (mincore(page, kHugePage, there.data()) != 0) return false;
   const auto resident = [](unsigned char flags) { return (flags & 1) != 0; };
   return 2 * std::count_if(there.begin(), there.end(), resident) >=
          static_cast<ptrdiff_t>(there.size());
+}
+
+// The argument of PAGEMAP_SCAN, Linux 6.7.
+struct PageScan {
+  uint64_t size = sizeof(PageScan), flags = 0, start = 0, end = 0, walk_end = 0, regions = 0;
+  uint64_t region_count = 0, max_pages = 0, inverted = 0, all_of = 0, any_of = 0, returned = 0;
+};
+struct PageRegion {
+  uint64_t start, end, categories;
+};
+
+// Whether it is a huge page already; false where the system cannot say.
+bool is_huge(void* page) {
+  constexpr uint64_t kIsHuge = uint64_t{1} << 6;
+  const int map = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+  if (map < 0) return false;
+  PageRegion region{};
+  PageScan scan;
+  scan.start = reinterpret_cast<uintptr_t>(page);
+  scan.end = scan.start + kHugePage;
+  scan.regions = reinterpret_cast<uintptr_t>(&region);
+  scan.region_count = 1;
+  scan.all_of = scan.returned = kIsHuge;
+  const int found = ioctl(map, _IOWR('f', 16, PageScan), &scan);
+  close(map);
+  return found == 1 && region.start == scan.start && region.end == scan.end;
 }
 
 // Takes a huge page and gives it back, for the system to find it at hand. While it moves pages it
@@ -61,7 +72,7 @@ void fetch_huge_page() {
   void* const got =
       mmap(nullptr, 2 * kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (got == MAP_FAILED) return;
-  void* const page = huge_pages_in(got, 2 * kHugePage).data();
+  void* const page = reinterpret_cast<void*>(rounded_up(reinterpret_cast<uintptr_t>(got)));
   if (madvise(page, kHugePage, MADV_HUGEPAGE) == 0) (void)madvise(page, kHugePage, kPopulateWrite);
   munmap(got, 2 * kHugePage);
 }
@@ -69,25 +80,31 @@ void fetch_huge_page() {
 }  // namespace
 
 void advise_huge_pages(void* data, size_t bytes) {
-  const Range range = huge_pages_in(data, bytes);
+  const uintptr_t start = reinterpret_cast<uintptr_t>(data);
+  const uintptr_t first = rounded_up(start), last = (start + bytes) & ~(kHugePage - 1);
   // Declined (file mappings, transparent huge pages switched off): pages stay small.
-  if (enabled() && range.bytes() > 0) (void)madvise(range.data(), range.bytes(), MADV_HUGEPAGE);
+  if (huge_pages_wanted() && first < last)
+    (void)madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 }
 
-int move_to_huge_pages(void* data, size_t bytes) {
-  const Range range = huge_pages_in(data, bytes);
-  if (!enabled()) return EPERM;
-  int refusal = 0;
-  for (uintptr_t page = range.first; page < range.last; page += kHugePage) {
-    if (!is_in_use(page)) continue;
-    fetch_huge_page();
-    if (madvise(reinterpret_cast<void*>(page), kHugePage, kCollapse) != 0) refusal = errno;
-  }
-  return refusal;
+int move_to_huge_page(void* page) {
+  if (!huge_pages_wanted()) return EPERM;
+  if (is_huge(page)) return 0;
+  if (!is_in_use(page)) return -1;
+  fetch_huge_page();
+  return madvise(page, kHugePage, kCollapse) == 0 ? 0 : errno;
 }
 #else
 void advise_huge_pages(void*, size_t) {}
-int move_to_huge_pages(void*, size_t) { return -1; }
+int move_to_huge_page(void*) { return ENOSYS; }
 #endif
+
+bool huge_pages_wanted() {
+  static const bool wanted = [] {
+    const char* choice = std::getenv("TIGER_EXT_HUGE_PAGES");
+    return !choice || std::string(choice) != "0";
+  }();
+  return wanted;
+}
 
 }  // namespace tiger_ext

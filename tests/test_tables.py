@@ -442,6 +442,17 @@ def test_state_moves_once_half_of_it_is_written():
 
 
 @with_huge_pages
+def test_measurements_can_wait_until_all_is_moved():
+    p = table_in_use(2_000_000)
+    opt = Tiger([p], lr=0.1)
+    opt.step()
+    opt.state[p]["exp_avg"].fill_(0.5)
+    assert huge_pages.settle_huge_pages(60.0)
+    assert is_huge(p) and is_huge(opt.state[p]["exp_avg"])
+    assert huge_pages.settle_huge_pages(0.5)  # at once, nothing is left
+
+
+@with_huge_pages
 @pytest.mark.parametrize("kind", ["anonymous", "shared"])
 def test_pages_that_do_not_exist_are_not_moved(kind):
     p = Parameter(empty_table(700_001, 16, shared=kind == "shared", huge_pages=False))

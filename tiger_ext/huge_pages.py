@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tiger_ext import _native
 
-__all__ = ["advise_huge_pages", "is_large", "move_to_huge_pages"]
+__all__ = ["advise_huge_pages", "is_large", "move_to_huge_pages", "settle_huge_pages"]
 
 _HUGE_PAGE = 2 << 20
 # Below this size a table's page table fits the caches.
@@ -56,6 +56,18 @@ def move_to_huge_pages(tensor: Tensor) -> None:
         _mover.add(tensor)
 
 
+def settle_huge_pages(seconds: float) -> bool:
+    """Wait until all that is in use now has been moved, without rests: for measurements.
+
+    Args:
+        seconds: the longest to wait.
+
+    Returns:
+        Whether nothing is left to be moved.
+    """
+    return _mover.settle(seconds)
+
+
 class _Mover:
     """A thread that moves tables to huge pages, one page after the other.
 
@@ -72,13 +84,14 @@ class _Mover:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._tables: list[_Table] = []
+        self._moving: _Table | None = None
         self._thread: threading.Thread | None = None
         self._ending = threading.Event()
 
     def add(self, tensor: Tensor) -> None:
         with self._changed:
             self._tables.append(_Table(tensor))
-            self._changed.notify()
+            self._changed.notify_all()
             if self._thread is None and not self._ending.is_set():
                 self._thread = threading.Thread(
                     target=self._run, name="tiger_ext huge pages", daemon=True
@@ -89,16 +102,30 @@ class _Mover:
         """Stop; waits for one page. The thread must not outlive the interpreter."""
         self._ending.set()
         with self._changed:
-            self._changed.notify()
+            self._changed.notify_all()
             thread = self._thread
         if thread is not None:
             thread.join()
 
+    def settle(self, seconds: float) -> bool:
+        with self._changed:
+            for table in (*self._tables, *([self._moving] if self._moving else [])):
+                table.hurry = True
+                table.due = 0.0
+            self._changed.notify_all()
+            return self._changed.wait_for(
+                lambda: self._moving is None and not any(each.hurry for each in self._tables),
+                seconds,
+            )
+
     def _run(self) -> None:
         while (table := self._next()) is not None:
-            if table.move(self._ending):
-                with self._changed:
+            look_again = table.move(self._ending)
+            with self._changed:
+                self._moving = None
+                if look_again:
                     self._tables.append(table)
+                self._changed.notify_all()
 
     def _next(self) -> _Table | None:
         """Wait until a table is due and return it; None: the thread ends."""
@@ -108,6 +135,7 @@ class _Mover:
                 wait = table.due - time.monotonic()
                 if wait <= 0:
                     self._tables.remove(table)
+                    self._moving = table
                     return table
                 self._changed.wait(wait)
             self._thread = None
@@ -119,27 +147,30 @@ class _Table:
 
     Attributes:
         due: when it is to be looked at, by the monotonic clock.
+        hurry: whether somebody waits for it.
     """
 
-    __slots__ = ("_begin", "_end", "_moved", "_reference", "_wait", "due")
+    __slots__ = ("_begin", "_end", "_moved", "_reference", "_wait", "due", "hurry")
 
     def __init__(self, tensor: Tensor) -> None:
         self._reference = weakref.ref(tensor)
         self._begin = self._end = 0
         self._moved: set[int] = set()
         self._wait = _FIRST_WAIT
-        self.due = 0.0
+        self.due, self.hurry = 0.0, False
 
     def move(self, ending: threading.Event) -> bool:
         """Move the pages that are in use; return whether it is to be looked at again."""
-        if not self._find():
+        if self._find() is None:
             return False
+        memory = self._begin, self._end
+        hurried, self.hurry = self.hurry, False
         left, refusals = False, 0
         for page in range(-(-self._begin // _HUGE_PAGE), self._end // _HUGE_PAGE):
             if page in self._moved:
                 continue
             start = time.perf_counter()
-            refused = self._move(page)
+            refused = self._move(page, memory)
             if refused is None:
                 left = True  # in other memory
                 break
@@ -147,17 +178,17 @@ class _Table:
             refusals = refusals + 1 if refused > 0 else 0
             if refusals >= _REFUSALS or ending.is_set():
                 return False
-            took = time.perf_counter() - start
-            if refused >= 0 and ending.wait(max(_REST * took, _SHORTEST_REST)):
+            rest = max(_REST * (time.perf_counter() - start), _SHORTEST_REST)
+            if refused >= 0 and not (hurried or self.hurry) and ending.wait(rest):
                 return False
-        self.due = time.monotonic() + self._wait
+        self.due = 0.0 if self.hurry else time.monotonic() + self._wait
         self._wait = min(2 * self._wait, _LONGEST_WAIT)
         return left
 
-    def _move(self, page: int) -> int | None:
+    def _move(self, page: int, memory: tuple[int, int]) -> int | None:
         """Move one; return 0, what the system says, -1: it is not in use; None: it is gone."""
         storage = self._find()  # which is held until the page is moved, and no longer
-        if storage is None or page not in range(self._begin // _HUGE_PAGE, self._end // _HUGE_PAGE):
+        if storage is None or (self._begin, self._end) != memory:
             return None
         refused: int = _native.C.move_to_huge_page(page * _HUGE_PAGE)  # type: ignore[union-attr]
         if refused == 0:

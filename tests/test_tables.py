@@ -354,7 +354,7 @@ def test_assign_refuses_what_it_would_have_to_convert(key, change, message):
         opt.load_state_dict(saved)  # copies are converted
 
 
-def test_a_checkpoint_is_loaded_and_trained_in_bounded_memory(tmp_path, run_python):
+def test_a_checkpoint_is_loaded_trained_and_saved_in_bounded_memory(tmp_path, run_python):
     table = Parameter(torch.ones(1_000_000, 64))  # 256 MB, and as much momentum
     opt = Tiger([table], lr=0.1)
     ids = list(range(0, 1_000_000, 100_000))
@@ -381,6 +381,10 @@ def test_a_checkpoint_is_loaded_and_trained_in_bounded_memory(tmp_path, run_pyth
         "assert torch.equal(table.detach()[ids], p)\n"
         "assert torch.equal(opt.state[table]['exp_avg'][ids], m)\n"
         "assert private() - before < 64 << 20, (private() - before) >> 20\n"
+        "import re, resource\n"  # saving may take little memory too
+        "own = 1024 * int(re.search(r'VmData:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
+        "resource.setrlimit(resource.RLIMIT_DATA, (own + (96 << 20), resource.RLIM_INFINITY))\n"
+        f"torch.save((table.detach(), opt.state_dict()), {str(tmp_path / 'again.pt')!r})\n"
     )
 
 

@@ -157,6 +157,17 @@ def test_tables_work_without_the_compiled_module(run_python):
     )
 
 
+@pytest.mark.parametrize("kind", ["anonymous", "shared", "file"])
+def test_the_default_device_does_not_matter(kind, tmp_path):
+    where = {"shared": {"shared": True}, "file": {"path": tmp_path / "table"}}.get(kind, {})
+    with torch.device("meta"):
+        table = empty_table(1_000_000, DIM, **where)
+        opt = Tiger([Parameter(table)])
+        opt.share_memory()
+    momentum = opt.state[opt.param_groups[0]["params"][0]]["exp_avg"]
+    assert table.device.type == momentum.device.type == "cpu" and momentum.is_shared()
+
+
 def test_a_table_is_copied_and_pickled_as_any_tensor():
     table = empty_table(100, 4)
     table[3] = 1
@@ -410,10 +421,11 @@ def table_in_use(rows=700_001):
 
 @with_huge_pages
 def test_a_table_in_use_moves_to_huge_pages_after_its_first_step():
-    p = table_in_use()
+    p = table_in_use(4_000_000)
     assert huge_bytes(p) < p.nbytes / 2
     opt = Tiger([p], lr=0.1)
     opt.step()
+    assert huge_bytes(p) < p.nbytes / 2  # the step has not waited for it
     after = p.detach().clone()
     assert wait_until(lambda: is_huge(p))
     assert torch.equal(p.detach(), after)

@@ -20,7 +20,7 @@ _HUGE_PAGE = 2 << 20
 # Below this size a table's page table fits the caches.
 _LARGE_TABLE_BYTES = 32 << 20
 # How long the thread rests after a page, in times of what that took, and at least, in seconds.
-_REST, _SHORTEST_REST = 1.0, 5e-4
+_REST, _SHORTEST_REST = 0.5, 5e-4
 # When a table is looked at again parts of which were not in use: ever later.
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 60.0
 # After so many refusals in a row the system will not have it: a file, no huge pages left.

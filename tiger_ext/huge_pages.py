@@ -73,10 +73,14 @@ class _Mover:
 
     Why not in the steps: a page takes 0.5 ms, and 6 ms where a virtual machine's host must first
     provide the memory. One page a step makes each step so much longer, for the 3,200 steps that a
-    table of 6.4 GB takes; the thread takes from a step only the time of page faults while one page
-    is copied. Why not when the memory is created: a step that writes random rows of 3.2 GB of
-    untouched state takes 0.5 s with small pages (a fault a row), with huge ones, all of which it
-    creates, 12 s on such a machine.
+    table of 6.4 GB takes. The thread takes from steps the faults on the page that is being copied:
+    on such a machine, 976 MB of float32 rows of 16 and 65,536 entries, the longest step was 20 ms
+    while the table moved and 28 ms without huge pages (medians 7.5 and 10 ms), and all of it and
+    of its momentum had moved after some 14 s.
+
+    Why not when the memory is created: a step that writes random rows of 3.2 GB of untouched state
+    takes 0.7 s with small pages (a fault a row), with huge ones, all of which it creates, 12 s on
+    such a machine.
 
     It ends when no table is left of which a part is not in huge pages.
     """
@@ -175,7 +179,8 @@ class _Table:
                 left = True  # in other memory
                 break
             left |= refused != 0
-            refusals = refusals + 1 if refused > 0 else 0
+            if refused >= 0:
+                refusals = refusals + 1 if refused > 0 else 0
             if refusals >= _REFUSALS or ending.is_set():
                 return False
             rest = max(_REST * (time.perf_counter() - start), _SHORTEST_REST)

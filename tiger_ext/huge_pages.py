@@ -73,10 +73,11 @@ class _Mover:
 
     Why not in the steps: a page takes 0.5 ms, and 6 ms where a virtual machine's host must first
     provide the memory. One page a step makes each step so much longer, for the 3,200 steps that a
-    table of 6.4 GB takes. The thread takes from steps the faults on the page that is being copied:
-    on such a machine, 976 MB of float32 rows of 16 and 65,536 entries, the longest step was 20 ms
-    while the table moved and 28 ms without huge pages (medians 7.5 and 10 ms), and all of it and
-    of its momentum had moved after some 14 s.
+    table of 6.4 GB takes. The thread takes from steps the faults on the page that is being copied.
+    Measured on such a machine, which was never idle, on 976 MB of float32 rows of 16 with 65,536
+    entries: 99 of 100 steps took at most 14 ms while table and momentum moved, for some 14 s, and
+    17 ms without huge pages. With four other programs running these were 40 to 70 ms and 30 ms,
+    and in one of nine runs three steps took 0.8 to 1.1 s, for a reason that was not found.
 
     Why not when the memory is created: a step that writes random rows of 3.2 GB of untouched state
     takes 0.7 s with small pages (a fault a row), with huge ones, all of which it creates, 12 s on

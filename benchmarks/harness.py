@@ -32,11 +32,13 @@ from torch.nn import Parameter
 
 import tiger_ext
 from tiger_ext import _native
+from tiger_ext.huge_pages import settle_huge_pages
 
 T = TypeVar("T")
 
 _RESULTS = Path(__file__).parent / "results"
 _NOISY = 1.2  # a ratio of medians this far from the ratio of best runs is marked
+_SETTLE_SECONDS = 120.0  # tables and state are moved to huge pages in the background
 _PEERS = ("lion-pytorch", "pytorch-optimizer", "torch-optimi", "deepspeed", "fbgemm-gpu-cpu")
 
 # --------------------------------------------------------------------------------------- timing
@@ -152,6 +154,7 @@ def alternate(
             continue
         running.append(contender)
         round_time += statistics.median(times)
+    settle_huge_pages(_SETTLE_SECONDS)
 
     rounds = max(min_rounds, min(max_rounds, int(budget / max(round_time, 1e-9))))
     seconds: dict[str, list[float]] = {c.name: [] for c in running}

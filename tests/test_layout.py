@@ -26,11 +26,12 @@ capture
 reference history tracking progress finish
 clocks
 huge_pages group_step tracking_hooks
+tables
 moments
 state
-windows reference_step observers
+windows reference_step observers state_memory
 lazy loading
-passes
+passes reading
 step
 optimizer
 tiger lion adamw

@@ -128,6 +128,15 @@ def is_recorded() -> bool:
 def rule_forms() -> dict[str, list[list[str]]]:
     """Return the state names of each form of each family of rules."""
 
-def advise_huge_pages(data: int, bytes: int, in_use: bool) -> None: ...
+def advise_huge_pages(data: int, bytes: int) -> None:
+    """Ask for huge pages behind what is not yet written."""
+
+def huge_pages_wanted() -> bool: ...
+def move_to_huge_page(page: int) -> int:
+    """Move 2 MiB to a huge page.
+
+    Return 0; -1 if less than half is written; or the number of the system's error.
+    """
+
 def row_norms(grads: list[Tensor], p: float) -> Tensor:
     """The p-norms, float64 [grads], of sparse gradients on the CPU; rows are summed on the way."""

@@ -9,6 +9,7 @@ from tiger_ext.clip import clip_grad_norm_, clip_grad_value_
 from tiger_ext.groups import param_groups
 from tiger_ext.health import health_report
 from tiger_ext.lion import Lion
+from tiger_ext.tables import empty_table
 from tiger_ext.tiger import Tiger
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "__version__",
     "clip_grad_norm_",
     "clip_grad_value_",
+    "empty_table",
     "health_report",
     "nn",
     "param_groups",

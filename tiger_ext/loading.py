@@ -13,10 +13,12 @@ from torch import Tensor
 from tiger_ext.clocks import PLACEHOLDERS, Clocks, GroupClock
 from tiger_ext.group_step import storage_of
 from tiger_ext.history import MAX_STEPS, History
+from tiger_ext.huge_pages import is_large, move_to_huge_pages
 from tiger_ext.moments import SCALES, block_scales, is_int8, is_row_wise, is_scale
 from tiger_ext.options import (
     ALGORITHMS,
     FLOATS,
+    MOMENTS,
     OTHER_OPTIONS,
     Moment,
     algorithm_of,
@@ -27,6 +29,7 @@ from tiger_ext.parameters import parameter_name
 from tiger_ext.reference import arithmetic_dtype
 from tiger_ext.rounding import keep_seed
 from tiger_ext.state import clock_device, unlisted
+from tiger_ext.tables import untouched_zeros_like
 
 __all__ = ["Loaded", "fill_in"]
 
@@ -63,9 +66,10 @@ def fill_in(
 class Loaded:
     """A state dict on its way into an optimizer: checked and copied first, then taken over."""
 
-    def __init__(self, groups: list[dict[str, Any]]) -> None:
-        """Remember what it must fit."""
+    def __init__(self, groups: list[dict[str, Any]], *, assign: bool = False) -> None:
+        """Remember what it must fit; ``assign``: its tensors are taken, not copied."""
         self._groups = groups
+        self._assign = assign
         self._states: list[list[dict[str, Any]]] = []
         self._clocks: list[GroupClock] = []
 
@@ -95,7 +99,8 @@ class Loaded:
                 if not isinstance(i, (int, str)) or i in known:
                     _refuse(where, "params", i, "an id of its own")
                 known.add(i)
-                each.append(_checked_state(where, states.get(i, {}), p, merged, clock))
+                state = states.get(i, {})
+                each.append(_checked_state(where, state, p, merged, clock, self._assign))
             groups.append(merged)
             self._states.append(each)
             self._clocks.append(clock)
@@ -110,9 +115,16 @@ class Loaded:
             for p, own in zip(group["params"], each, strict=True):
                 if own:
                     state[p] = own
+                    self._move_to_huge_pages(p, own)
         for group, clock in zip(groups, self._clocks, strict=True):
             clock.storage = storage_of(group)
         clocks.replace(groups, self._clocks)
+
+    def _move_to_huge_pages(self, p: Tensor, state: Mapping[str, Any]) -> None:
+        # Its first step is over. Copies are in huge pages.
+        for value in (p, *state.values()) if self._assign else (p,):
+            if isinstance(value, Tensor) and value.dim() >= 2 and is_large(value):
+                move_to_huge_pages(value)
 
 
 def _refuse(where: str, key: str, got: Any, expected: str) -> NoReturn:
@@ -189,9 +201,12 @@ def _count(where: str, key: str, value: Any, most: int) -> int:
 
 
 def _checked_state(
-    where: str, saved: Any, p: Tensor, group: Mapping[str, Any], clock: GroupClock
+    where: str, saved: Any, p: Tensor, group: Mapping[str, Any], clock: GroupClock, assign: bool
 ) -> dict[str, Any]:
-    """Return a copy of a parameter's state, and give the clock what it has of the parameter."""
+    """Return a copy of a parameter's state, and give the clock what it has of the parameter.
+
+    ``assign``: with the tensors themselves.
+    """
     if not isinstance(saved, Mapping):
         _refuse(where, "state", saved, "a dict")
     algorithm = algorithm_of(group["algorithm"])
@@ -203,17 +218,20 @@ def _checked_state(
             table = clock.begins if name == "begins_at" else clock.frozen
             table[p] = _count(where, name, value, now)
         elif name == "step":
-            own[name] = _step(where, value, p)
+            own[name] = _step(where, value, p, assign)
         elif name in ("window", "window_rows", "last_step"):
-            own[name] = _integers(where, name, value, p)
+            own[name] = _integers(where, name, value, p, assign)
         elif name in moments and not isinstance(value, Tensor):
             _refuse(where, name, value, "a tensor")
         elif name in SCALES.values() and group.get("momentum_dtype") == torch.int8:
-            own[name] = _scale(where, name, value, p)
+            own[name] = _scale(where, name, value, p, assign)
         elif isinstance(value, Tensor):
             by_rows = _check_moment(where, name, value, p, group)
             dtype = arithmetic_dtype(p) if by_rows else value.dtype
-            own[name] = value.detach().to(p.device, dtype, copy=True)
+            if assign and name in moments:
+                own[name] = _taken(where, name, value, dtype, p.device)
+            else:
+                own[name] = value if assign else _copy(value.to(dtype), p.device)
         else:
             own[name] = value
     if clock.frozen.get(p, now) < clock.begins.get(p, 0):
@@ -279,8 +297,8 @@ def _check_moment(
     return by_rows
 
 
-def _scale(where: str, name: str, value: Any, p: Tensor) -> Tensor:
-    """Return a copy of the scales of an int8 moment."""
+def _scale(where: str, name: str, value: Any, p: Tensor, assign: bool) -> Tensor:
+    """Return the scales of an int8 moment: a copy, or with ``assign`` themselves."""
     if not isinstance(value, Tensor) or value.dtype not in FLOATS:
         got = value.dtype if isinstance(value, Tensor) else type(value).__name__
         _refuse(where, name, got, "a tensor of float32")
@@ -288,7 +306,9 @@ def _scale(where: str, name: str, value: Any, p: Tensor) -> Tensor:
         expected = f"the first dimensions of {list(p.shape)}, or {list(block_scales(p))}"
         _refuse(where, name, list(value.shape), expected)
     _check_readable(where, name, value, p)
-    return value.detach().to(p.device, torch.float32, copy=True).contiguous()
+    if assign:
+        return _taken(where, name, value, torch.float32, p.device)
+    return _copy(value.to(torch.float32), p.device).contiguous()
 
 
 def _check_int8(
@@ -319,7 +339,7 @@ def _check_readable(where: str, name: str, value: Tensor, p: Tensor) -> None:
         _refuse(where, name, "a tensor without data on the device meta", "data")
 
 
-def _step(where: str, value: Any, p: Tensor) -> Tensor:
+def _step(where: str, value: Any, p: Tensor, assign: bool) -> Tensor:
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta:
         number = value.item()
     else:
@@ -329,11 +349,16 @@ def _step(where: str, value: Any, p: Tensor) -> Tensor:
         return torch.zeros((), dtype=torch.int64)
     if not legal or not math.isfinite(number) or number != int(number) or not 0 <= number < 2**53:
         _refuse(where, "step", value, "one whole number >= 0")
+    if assign:
+        return _taken(where, "step", value, torch.int64, clock_device(p))
     return torch.tensor(int(number), dtype=torch.int64, device=clock_device(p))
 
 
-def _integers(where: str, name: str, value: Any, p: Tensor) -> Tensor:
-    """Return a contiguous copy of integers that belong to rows, in the dtype of the kernels."""
+def _integers(where: str, name: str, value: Any, p: Tensor, assign: bool) -> Tensor:
+    """Return a contiguous copy of integers that belong to rows, in the dtype of the kernels.
+
+    ``assign``: the tensor itself.
+    """
     if not isinstance(value, Tensor):
         _refuse(where, name, type(value).__name__, "a tensor")
     if value.dtype not in _INTEGERS:
@@ -344,14 +369,35 @@ def _integers(where: str, name: str, value: Any, p: Tensor) -> Tensor:
         _refuse(where, name, list(value.shape), f"the first dimensions of {list(p.shape)}")
     if name == "window_rows" and value.dim() != 2:
         _refuse(where, name, list(value.shape), "[row dimensions, entries]")
+    dtype = torch.int64 if name == "window_rows" else torch.int32
+    if assign:
+        return _taken(where, name, value, dtype, p.device)
     value = value.detach()
     if name != "window_rows" and value.dtype == torch.int64 and not value.is_meta:
         low, high = _extremes(value)
         if not -(2**31) <= low <= high < 2**31:
             _refuse(where, name, [low, high], "numbers of 32 bits")
-    dtype = torch.int64 if name == "window_rows" else torch.int32
     copy = value.to(p.device, dtype, copy=True)
     return copy.contiguous()
+
+
+def _taken(where: str, name: str, value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a tensor itself, as ``assign=True`` takes it, unless it is not what steps work on."""
+    if not isinstance(value, Tensor):
+        _refuse(where, name, type(value).__name__, "a tensor, which assign=True takes itself")
+    if value.dtype != dtype:
+        _refuse(where, name, value.dtype, f"{dtype}, as assign=True takes the tensor itself")
+    if value.device != device:
+        _refuse(where, name, value.device, f"{device}, as assign=True takes the tensor itself")
+    if name not in MOMENTS and not value.is_contiguous():
+        _refuse(where, name, f"strides {value.stride()}", "a contiguous tensor")
+    return value.detach() if value.requires_grad else value
+
+
+def _copy(value: Tensor, device: torch.device) -> Tensor:
+    if value.dim() >= 2 and device.type == "cpu" and is_large(value):
+        return untouched_zeros_like(value, value.dtype, huge_pages=True).copy_(value.detach())
+    return value.detach().to(device, copy=True)
 
 
 def _extremes(value: Tensor) -> tuple[int, int]:

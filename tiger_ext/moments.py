@@ -12,7 +12,8 @@ shape of rows (of a parameter ``[blocks, 1, ...]`` there are more dimensions of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,9 +21,11 @@ import torch
 from torch import Tensor
 
 from tiger_ext.group_step import GroupStep, is_row_lazy
+from tiger_ext.huge_pages import is_large
 from tiger_ext.options import MOMENTS, REDUCIBLE, Moment
 from tiger_ext.reference import arithmetic_dtype, decayed, per_unit, smallest
 from tiger_ext.rounding import BLOCK, MOMENTUM, REQUANTISED, Draws, memory_order, quantised
+from tiger_ext.tables import untouched_zeros, untouched_zeros_like
 
 __all__ = [
     "SCALES",
@@ -133,29 +136,41 @@ def new_moments(
     state: Mapping[str, Any],
     *,
     anew: bool = False,
+    ahead: bool = False,
 ) -> dict[str, Tensor]:
-    """Return a moment, and its scales if it has any, without values.
+    """Return a moment, and its scales if it has any, zero.
 
-    One with an element each has the parameter's memory format.
+    One with an element each has the parameter's memory format. ``ahead``: before the first
+    gradient, whose rows are taken to be those of the first dimension.
     """
     dims = row_dims(p, group, state, anew=anew)
     if is_row_wise(p, moment, group.options):
-        rows = torch.empty(p.shape[:dims], dtype=arithmetic_dtype(p), device=p.device)
-        return {moment.name: rows}
+        return {moment.name: _zeros(p, p.shape[:dims], arithmetic_dtype(p))}
     if is_int8(moment, group.options):
-        shape = p.shape[:dims] if _scales_rows(p, moment, group, state) else block_scales(p)
-        q = torch.empty_like(p, dtype=torch.int8, memory_format=torch.preserve_format)
+        by_rows = _scales_rows(p, moment, group, state) or (ahead and p.dim() >= 2)
+        q = _zeros_like(p, torch.int8)
         if not _lies_alike(q, p):
-            q = torch.empty(p.shape, dtype=torch.int8, device=p.device)
-        scale = torch.empty(shape, dtype=torch.float32, device=p.device)
+            q = _zeros(p, p.shape, torch.int8)
+        scale = _zeros(p, p.shape[:dims] if by_rows else block_scales(p), torch.float32)
         return {moment.name: q, SCALES[moment.name]: scale}
     dtype = group.options["momentum_dtype"] or p.dtype
     if dtype == torch.int8:
         dtype = torch.float32
     if moment.wide:
         dtype = torch.promote_types(dtype, p.dtype)
-    new = torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format)
-    return {moment.name: new}
+    return {moment.name: _zeros_like(p, dtype)}
+
+
+def _zeros(p: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    if is_large(p, math.prod(shape) * dtype.itemsize):
+        return untouched_zeros(shape, dtype)
+    return torch.zeros(shape, dtype=dtype, device=p.device)
+
+
+def _zeros_like(p: Tensor, dtype: torch.dtype) -> Tensor:
+    if is_large(p, p.numel() * dtype.itemsize):
+        return untouched_zeros_like(p, dtype)
+    return torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format).zero_()
 
 
 def _lies_alike(q: Tensor, p: Tensor) -> bool:

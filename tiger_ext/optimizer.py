@@ -7,7 +7,6 @@ date, ``state`` creates what a parameter has. docs/design.md follows a gradient 
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -24,6 +23,8 @@ from tiger_ext.loading import Loaded, fill_in
 from tiger_ext.moments import check_shapes
 from tiger_ext.options import ALGORITHMS, algorithm_of, complete_group, plain_option
 from tiger_ext.parameters import check_memory, check_tensors
+from tiger_ext.reading import Reader
+from tiger_ext.state_memory import check_shareable, init_state, share_state
 from tiger_ext.step import Step
 from tiger_ext.tracking import TrackedTables, UsedRows
 from tiger_ext.tracking_hooks import TrackingHandle, find_table
@@ -263,7 +264,7 @@ class MixedOptimizer(torch.optim.Optimizer):
                         group.clock.warned.add(p)  # the module itself writes to the rows it reads
                     used.current = group.history is not None and not group.history.started
                     check_shapes(p, self.state.get(p, {}))
-                    return TrackingHandle(module, self._tracked.add(used), _Reader(self, p))
+                    return TrackingHandle(module, self._tracked.add(used), Reader(self, p))
         raise ValueError(
             f"the {list(table.shape)} parameter of {type(module).__name__} is not one of this "
             f"{type(self).__name__}'s"
@@ -311,6 +312,38 @@ class MixedOptimizer(torch.optim.Optimizer):
     def _label(self, index: int, position: int) -> str:
         return f"{type(self).__name__}.step: {self._group_steps()[index].name(position)}"
 
+    # -------------------------------------------------------------------------- state, memory
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def init_state(self) -> None:
+        """Create now what the first steps would create; nothing moves, and no step is counted.
+
+        Rows are those of the first dimension of parameters with two and more. Moments are zero
+        pages that exist once they are written. Frozen parameters get no state, and what is there
+        already stays.
+
+        Raises:
+            RuntimeError: a CUDA graph is being captured. Nothing has been created.
+        """
+        init_state(self._group_steps(), self.state, f"{type(self).__name__}.init_state")
+
+    def share_memory(self) -> None:
+        """Put the state into shared memory, created first where it is missing.
+
+        Processes that get the parameters, which must be in shared memory or a mapped file
+        themselves, and ``state_dict()`` may then step at once without locks, each with an optimizer
+        of its own that takes the state by ``load_state_dict(..., assign=True)``. A row that two of
+        them write at once gets one of the updates or a mixture of elements (docs/large_tables.md).
+
+        Raises:
+            ValueError: a group is in a lazy mode other than "frozen" or accumulates.
+        """
+        groups = self._group_steps()
+        check_shareable(groups)
+        self.init_state()
+        share_state(groups, self.state)
+
     # ------------------------------------------------------------------------- saving, loading
 
     def state_dict(self) -> dict[str, Any]:
@@ -332,7 +365,7 @@ class MixedOptimizer(torch.optim.Optimizer):
         finally:
             hook.remove()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any], *, assign: bool = False) -> None:
         """Load a state dict, keeping each state tensor's own dtype.
 
         ``torch.optim.Optimizer`` casts state to the parameter's dtype, which would round float32
@@ -341,14 +374,20 @@ class MixedOptimizer(torch.optim.Optimizer):
         of ``state_dict``, but a group in a lazy mode stays in it where the saved one was "frozen":
         its rows are taken to be current.
 
+        Args:
+            state_dict: what ``state_dict`` has returned.
+            assign: whether to take the dict's tensors themselves, as ``nn.Module.load_state_dict``
+                does: they are shared with whoever has them, or mapped from a file.
+
         Raises:
             ValueError: the dict does not fit: other groups or parameters, another algorithm's
                 options or state, an illegal value, a tensor of another shape or kind of dtype, a
-                clock that is ahead of its history. It is checked wholly before anything changes.
+                clock that is ahead of its history; with ``assign``, another device, or counters of
+                another dtype. It is checked wholly before anything changes.
         """
         if not isinstance(state_dict, dict):
             raise ValueError(f"load_state_dict expects a dict, got {type(state_dict).__name__}")
-        loaded = Loaded(self.param_groups)
+        loaded = Loaded(self.param_groups, assign=assign)
 
         def check(_: Any, final: dict[str, Any]) -> dict[str, Any]:
             return loaded.check(final)
@@ -398,51 +437,3 @@ def _tensor(number: Any) -> Tensor | None:
 @torch.compiler.disable
 def _step_outside_graph(optimizer: MixedOptimizer) -> None:
     optimizer._step_eager()
-
-
-class _Reader:
-    """What a tracked module does before it reads rows of ``p``."""
-
-    def __init__(self, optimizer: MixedOptimizer, p: Tensor) -> None:
-        self._optimizer = weakref.ref(optimizer)
-        self._p = p
-
-    def __call__(self, ids: Tensor, replica: bool) -> bool:
-        """Bring the rows up to date; return whether the next step must know of them.
-
-        The cost does not depend on how many other parameters there are.
-        """
-        optimizer, p = self._optimizer(), self._p
-        if optimizer is None:
-            return False
-        if _is_inference_mode():  # state that is created here outlives it
-            with torch.inference_mode(False):
-                return self(ids, replica)
-        groups = optimizer.param_groups
-        found = optimizer._clocks.find(groups, optimizer.state, p)
-        if found is None:
-            return False
-        options = groups[found[0]]
-        if options["lazy"] != "frozen" and not self._is_current(optimizer):
-            if replica:
-                raise RuntimeError(
-                    "nn.DataParallel has copied a table in a lazy mode whose rows were not up to "
-                    "date: call optimizer.flush() before each forward pass, track the "
-                    "nn.DataParallel itself if it wraps nothing but the table's module, or use "
-                    "DistributedDataParallel"
-                )
-            grad_mode = _is_grad_enabled()
-            try:
-                _set_grad_enabled(False)
-                number = sum(len(group["params"]) for group in groups[: found[0]])
-                group = GroupStep(found[0], options, found[1], number)
-                lazy.make_current(
-                    group, found[1].params[p], optimizer.state, optimizer._reading(), ids
-                )
-            finally:
-                _set_grad_enabled(grad_mode)
-        return bool(options["rows"] == "tracked")
-
-    def _is_current(self, optimizer: MixedOptimizer) -> bool:
-        used = optimizer._tracked.get(self._p)
-        return used is not None and used.current and not is_capturing()

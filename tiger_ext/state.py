@@ -30,9 +30,10 @@ from torch import Tensor
 from tiger_ext.capture import is_capturing
 from tiger_ext.clocks import GroupClock
 from tiger_ext.group_step import GroupStep, is_row_lazy
-from tiger_ext.huge_pages import advise_huge_pages, is_large_table
+from tiger_ext.huge_pages import is_large, move_to_huge_pages
 from tiger_ext.moments import SCALES, converted, new_moments, stored_dims
 from tiger_ext.rounding import Draws, counts_steps
+from tiger_ext.tables import untouched_zeros
 
 __all__ = [
     "StateChanges",
@@ -97,8 +98,17 @@ class StateChanges:
         self._clocks.clear()
 
 
-def complete_state(p: Tensor, group: GroupStep, changes: StateChanges) -> dict[str, Any]:
+def complete_state(
+    p: Tensor, group: GroupStep, changes: StateChanges, *, ahead: bool = False
+) -> dict[str, Any]:
     """Create what is missing of a parameter's state, zero, in the parameter's memory format.
+
+    Args:
+        p: the parameter.
+        group: its group.
+        changes: takes back what was created.
+        ahead: whether this is before its first gradient, of which it is taken that its rows are
+            those of the first dimension.
 
     Raises:
         WindowError: the gradient's ``sparse_dim`` changed within an accumulation window.
@@ -106,20 +116,20 @@ def complete_state(p: Tensor, group: GroupStep, changes: StateChanges) -> dict[s
     """
     state: dict[str, Any] = changes.state[p]
     fresh = not state
-    large_table = is_large_table(p)
-    if large_table and fresh:
-        advise_huge_pages(p, in_use=True)
+    is_table = _has_sparse_gradient(p) or (ahead and p.dim() >= 2)
+    if fresh and is_table and is_large(p):
+        move_to_huge_pages(p)
     for moment in group.moments():
         if moment.name in state:
             continue
-        for name, new in new_moments(p, moment, group, state).items():
+        for name, new in new_moments(p, moment, group, state, ahead=ahead).items():
             changes.will_set(p, name)
-            if large_table:
-                advise_huge_pages(new, in_use=False)
-            state[name] = new.zero_()
+            state[name] = new
+            if is_table and is_large(new):
+                move_to_huge_pages(new)
     counts = counts_steps(group.options) and "step" not in state
     if group.window:
-        _complete_window(p, group, changes)
+        _complete_window(p, group, changes, ahead)
     if group.history is not None:
         _complete_last_step(p, group, changes, fresh)
     if counts:
@@ -173,6 +183,20 @@ def convert_state(
     return fills
 
 
+def _has_sparse_gradient(p: Tensor) -> bool:
+    return p.grad is not None and p.grad.layout == torch.sparse_coo
+
+
+def _counters(p: Tensor, dims: int) -> Tensor:
+    """Return int32 zeros, one of each row."""
+    shape = p.shape[:dims]
+    if is_large(p, 4 * shape.numel()):
+        new = untouched_zeros(shape, torch.int32)
+        move_to_huge_pages(new)
+        return new
+    return torch.zeros(shape, dtype=torch.int32, device=p.device)
+
+
 def clock_device(p: Tensor) -> torch.device:
     """Return where the steps of ``p`` are counted: beside it on a GPU, else on the CPU."""
     return p.device if p.device.type == "cuda" else torch.device("cpu")
@@ -207,8 +231,7 @@ def _complete_last_step(p: Tensor, group: GroupStep, changes: StateChanges, fres
         changes.will_change(p, clock)
         start = -1 - clock.begins_at(p) if fresh else now
         clock.clocked.add(p)
-        zeros = torch.zeros(p.shape[:dims], dtype=torch.int32, device=p.device)
-        state["last_step"] = zeros.add_(start)
+        state["last_step"] = _counters(p, dims).add_(start)
         return
     changes.will_set(p, "last_step")
     # All rows will have caught up.
@@ -220,10 +243,13 @@ def _complete_last_step(p: Tensor, group: GroupStep, changes: StateChanges, fres
     state["last_step"] = torch.where(touched, now, -1 - now).to(torch.int32)
 
 
-def _complete_window(p: Tensor, group: GroupStep, changes: StateChanges) -> None:
+def _complete_window(p: Tensor, group: GroupStep, changes: StateChanges, ahead: bool) -> None:
     state = changes.state[p]
     old = state.get("window")
-    shape = p.shape[: _window_dims(p, group, state)]
+    if ahead and old is not None:
+        return
+    dims = 1 if ahead and p.grad is None and p.dim() >= 2 else _window_dims(p, group, state)
+    shape = p.shape[:dims]
     strided = p.grad is not None and p.grad.layout == torch.strided
     # A strided gradient that is not by rows goes by any.
     if old is not None and (old.shape == shape or (strided and not shape and old.dim() > 0)):
@@ -244,7 +270,7 @@ def _complete_window(p: Tensor, group: GroupStep, changes: StateChanges) -> None
         changes.will_set(p, "window_rows")  # empty lists, of other row dimensions
         del state["window_rows"]
     changes.will_set(p, "window")
-    state["window"] = torch.zeros(shape, dtype=torch.int32, device=p.device)
+    state["window"] = _counters(p, dims)
     if old is not None and in_window:
         state["window"].copy_(old.expand(shape))
         # Not the gradient's rows alone belong to the window.

@@ -214,11 +214,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   });
   m.def(
       "advise_huge_pages",
-      [](uintptr_t data, size_t bytes, bool in_use) {
-        pybind11::gil_scoped_release release;
-        advise_huge_pages(reinterpret_cast<void*>(data), bytes, in_use);
-      },
-      pybind11::arg("data"), pybind11::arg("bytes"), pybind11::arg("in_use"));
+      [](uintptr_t data, size_t bytes) { advise_huge_pages(reinterpret_cast<void*>(data), bytes); },
+      pybind11::arg("data"), pybind11::arg("bytes"),
+      pybind11::call_guard<pybind11::gil_scoped_release>());
+  m.def("huge_pages_wanted", &huge_pages_wanted);
+  m.def(
+      "move_to_huge_page",
+      [](uintptr_t page) { return move_to_huge_page(reinterpret_cast<void*>(page)); },
+      pybind11::arg("page"), pybind11::call_guard<pybind11::gil_scoped_release>());
   m.def("cpu_isa", [] { return cpu_kernels().name; });
   m.def("is_recorded", [] { return at::hasCallbacks(); });
   m.def("rule_forms", [] {

@@ -27,7 +27,7 @@ from both import (
 from cases import FLOATS, RULES, clock_of, dense_grad, parameter, views
 from torch.nn import Parameter
 
-from tiger_ext.optimizer import _Reader
+from tiger_ext.reading import Reader
 
 F32, F64, BF16, F16 = FLOATS.values()
 MODES = [(rule, mode) for rule in RULES[:2] for mode in ("decay", "exact")]
@@ -39,7 +39,7 @@ every_mode = pytest.mark.parametrize(
 
 def read(opt, p, ids):
     """Do what a tracked module does before it reads rows."""
-    _Reader(opt, p)(ids, False)
+    Reader(opt, p)(ids, False)
 
 
 def rate(number):

@@ -252,7 +252,7 @@ class _Applying:
         self, group: GroupStep, i: int, entry: Mapping[str, Any]
     ) -> tuple[Tensor, ...] | None:
         """Return where the rows of the file are in the parameter; None: it has all."""
-        if entry["rows"] is None or entry["rows"]["ids"] is None:
+        if entry["rows"] is None:
             return None
         p, dims = group.params[i], entry["rows"]["dims"]
         ids = self._tensors[entry["rows"]["ids"]].long()

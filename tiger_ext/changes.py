@@ -114,14 +114,11 @@ def _saved_parameter(
     found: dict[str, Any] = {"shape": now["shape"], "dtype": now["dtype"], "rows": None}
 
     def put(t: Tensor, by_rows: bool) -> int:
-        some = by_rows and rows is not None and rows.ids is not None
-        sources.append(Source(t, rows.ids, rows.dims) if some and rows else Source(t))
+        sources.append(Source(t, rows.ids, rows.dims) if by_rows and rows else Source(t))
         return len(sources) - 1
 
     if rows is not None:
-        found["rows"] = {"dims": rows.dims, "ids": None}
-        if rows.ids is not None:
-            found["rows"]["ids"] = put(rows.ids, False)
+        found["rows"] = {"dims": rows.dims, "ids": put(rows.ids, False)}
     unchanged = rows is not None and not state
     found["parameter"] = None if unchanged else put(p, True)
     found["state"] = {
@@ -140,12 +137,12 @@ class _Rows:
 
     Attributes:
         dims: the dimensions that make a row.
-        ids: indices into them, linearised, rising; None: all rows.
+        ids: indices into them, linearised, rising.
         names: the state tensors that have rows.
     """
 
     dims: int
-    ids: Tensor | None
+    ids: Tensor
     names: list[str] = field(default_factory=list)
 
     @classmethod
@@ -157,7 +154,7 @@ class _Rows:
         base: Position,
         now: Mapping[str, Any],
     ) -> _Rows | None:
-        """Return them; None: no clock tells, and the parameter must be saved whole."""
+        """Return them; None: all, or no clock tells."""
         if group.history is None:
             return None
         last_step = state.get("last_step")
@@ -195,7 +192,7 @@ class _Rows:
         chosen = [_is_changed(*each, least, group.window) for each in _split(last_step, window)]
         count = sum(int(each.sum()) for each in chosen)
         if count == last_step.numel():
-            return cls(last_step.dim(), None, names)
+            return None
         dtype = torch.int32 if last_step.numel() < 2**31 else torch.int64
         ids = [each.nonzero().flatten().add_(k * CLOCKS).to(dtype) for k, each in enumerate(chosen)]
         return cls(last_step.dim(), torch.cat(ids), names)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Delta checkpoints: a full one and its deltas give back the run bit by bit, or are refused."""
 
+import contextlib
 import copy
 import io
 import json
@@ -11,11 +12,12 @@ import pytest
 import torch
 from cases import clock_of
 from oracle import same_bits
+from test_interrupts import Interrupt, interrupt_at
 from torch import nn
 from torch.nn import Parameter
 
-from tiger_ext import AdamW, Lion, Tiger
-from tiger_ext.change_file import read_changes
+from tiger_ext import AdamW, Lion, Tiger, change_file
+from tiger_ext.change_file import Source, read_changes, write_changes
 from tiger_ext.checkpoint import CheckpointError, apply_changes, position, save_changes
 
 ROWS, DIM = 300, 4
@@ -634,3 +636,417 @@ def test_other_optimizers_are_refused(tmp_path):
         save_changes(sgd, tmp_path / "delta", 0)
     with pytest.raises(ValueError, match=r"position 0.* is on the device meta, expected data"):
         position(Tiger([Parameter(torch.ones(3, device="meta"))]))
+
+
+# --------------------------------------------------------------------------------------- refusals
+
+
+@pytest.fixture
+def chain(tmp_path):
+    """Return a run, another one where its full save was loaded, and three deltas that follow."""
+    run, other = Run(), Run(seed=1)
+    run.train(range(5))
+    other.load(run.full())
+    since, paths = position(run.optimizer), []
+    for k in range(1, 4):
+        run.train(range(5 * k, 5 * k + 5))
+        paths.append(tmp_path / f"delta{k}")
+        since = save_changes(run.optimizer, paths[-1], since)
+    return run, other, paths
+
+
+def refuse(other, path, says):
+    """Check that a file is refused with a sentence that names it, and that nothing has changed."""
+    before = other.everything()
+    with pytest.raises(CheckpointError, match=says) as caught:
+        apply_changes(other.optimizer, path)
+    assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
+    assert same(other.everything(), before)
+
+
+def test_missing_deltas_and_a_wrong_order_are_refused(chain):
+    run, other, paths = chain
+    missing = "does not follow on, it leads from step 10 to 15: group 0 is at 5 steps, expected 10"
+    refuse(other, paths[1], missing)
+    refuse(other, paths[2], "group 0 is at 5 steps, expected 15")
+    apply_changes(other.optimizer, paths[0])
+    refuse(other, paths[0], "has been applied already")
+    refuse(other, paths[2], "group 0 is at 10 steps, expected 15")
+    apply_changes(other.optimizer, paths[1])
+    refuse(other, paths[0], "group 0 is at 15 steps, expected 5")
+    apply_changes(other.optimizer, paths[2])
+    assert_alike(run, other)
+
+
+def test_a_run_that_went_on_is_not_where_a_delta_counts_from(chain):
+    run, other, paths = chain
+    twin = copy.deepcopy(other)
+    read(other)
+    refuse(other, paths[0], "has had other rows touched: its last_step is another")
+    twin.train([77])
+    refuse(twin, paths[0], "group 0 is at 6 steps, expected 5")
+
+
+def test_a_delta_without_a_step_may_be_applied_twice(chain, tmp_path):
+    run, _, _ = chain
+    save_changes(run.optimizer, tmp_path / "none", position(run.optimizer))
+    before = run.everything()
+    for _ in range(2):
+        apply_changes(run.optimizer, tmp_path / "none")
+        assert same(run.everything(), before)
+
+
+def other_batches(other):
+    other.optimizer.load_state_dict(Run().optimizer.state_dict())
+    other.train(range(50, 55))
+
+
+def fresh_weights(other):
+    other.net.table.weight.data = torch.randn(ROWS, DIM)
+
+
+def fresh_head(other):
+    other.net.head.weight.data = torch.randn(3, DIM)
+
+
+def other_momentum(other):
+    other.optimizer.state[other.net.other.weight]["exp_avg"].mul_(2)
+
+
+def other_history(other):
+    for number in (0.5, 1.0):
+        saved = other.optimizer.state_dict()
+        saved["param_groups"][0]["history"] = f"5.0 0.0 1.0 {number} 0.1 0.9 0.9"
+        other.optimizer.load_state_dict(saved)
+
+
+def other_option(other):
+    other.optimizer.param_groups[0]["nonfinite"] = "skip"
+
+
+def frozen_mode(other):
+    other.optimizer.param_groups[0]["lazy"] = "frozen"
+
+
+OTHER_RUNS = {
+    "other batches": (other_batches, "has had other (rows touched|hyperparameters)"),
+    "weights not loaded": (fresh_weights, r"parameter \(group 0, position 0\) or its state has"),
+    "head not loaded": (fresh_head, r"parameter \(group 0, position 2\) or its state has other"),
+    "another momentum": (other_momentum, r"parameter \(group 0, position 1\) or its state has"),
+    "another history": (other_history, "group 0 has had other hyperparameters in its steps"),
+    "another option": (other_option, "group 0 has nonfinite='skip', expected 'propagate'"),
+    "another mode": (frozen_mode, "group 0 is at None steps, expected 5"),
+}
+
+
+@pytest.mark.parametrize("change,says", OTHER_RUNS.values(), ids=OTHER_RUNS)
+def test_deltas_of_another_run_are_refused(change, says, chain):
+    _, other, paths = chain
+    change(other)
+    refuse(other, paths[0], says)
+
+
+class Renamed(Run):
+    """A run whose optimizer has other names, shapes, groups or algorithms."""
+
+    def __init__(self, cls=Tiger, *, first=(ROWS, DIM), name="table.weight", more=(), dtype=None):
+        torch.manual_seed(0)
+        shapes = [first, (ROWS // 2, DIM), (3, DIM), (3,)]
+        names = [name, "other.weight", "head.weight", "head.bias"]
+        params = [Parameter(torch.randn(shape, dtype=dtype)) for shape in shapes]
+        self.net = nn.ParameterList(params)
+        self.optimizer = cls([*zip(names, params), *more], lr=0.01, weight_decay=0.1, lazy="decay")
+
+
+def of_two(made):
+    made.optimizer.add_param_group({"params": [("x", Parameter(torch.ones(3)))]})
+    return made
+
+
+OTHERS = {
+    "a name": (lambda: Renamed(name="words"), "has a parameter 'table.weight', expected.*'words'"),
+    "a shape": (
+        lambda: Renamed(first=(ROWS + 1, DIM)),
+        r"'table.weight'.*: has torch.float32 of shape \[300, 4\], the optimizer torch.float32 of",
+    ),
+    "a dtype": (
+        lambda: Renamed(dtype=torch.float64),
+        r"has torch.float32 of shape \[300, 4\], the optimizer torch.float64 of shape \[300, 4\]",
+    ),
+    "an algorithm": (lambda: Renamed(AdamW), "has 'tiger' in group 0, expected 'adamw'"),
+    "groups": (lambda: of_two(Renamed()), "has 1 parameter groups, the optimizer has 2"),
+    "parameters": (
+        lambda: Renamed(more=[("x", Parameter(torch.ones(3)))]),
+        "has 4 parameters in group 0, the optimizer has 5",
+    ),
+}
+
+
+@pytest.mark.parametrize("make,says", OTHERS.values(), ids=OTHERS)
+def test_deltas_of_another_optimizer_are_refused(make, says, chain):
+    refuse(make(), chain[2][0], says)
+
+
+def test_a_delta_of_steps_alone_needs_the_state_that_it_has_rows_of(tmp_path):
+    run, other = Run(), Run(seed=1)
+    run.train(range(5))
+    save_changes(run.optimizer, tmp_path / "delta", 2)
+    steps = other.optimizer.state_dict()
+    steps["param_groups"][0]["history"] = "2.0 0.0 1.0 0.01 0.1 0.9 0.9"
+    other.optimizer.load_state_dict(steps)
+    refuse(other, tmp_path / "delta", "the optimizer lacks parameter 'table.weight'.*: exp_avg")
+
+
+def test_files_that_were_cut_are_refused(chain, tmp_path):
+    _, other, paths = chain
+    whole = paths[0].read_bytes()
+    generator = random.Random(1)
+    lengths = [0, 1, 15, 16, 31, 32, 40, *(generator.randrange(len(whole)) for _ in range(60))]
+    for length in [*lengths, len(whole) - 32, len(whole) - 1]:
+        (tmp_path / "cut").write_bytes(whole[:length])
+        refuse(other, tmp_path / "cut", "is damaged|is empty|is no file of save_changes")
+    (tmp_path / "cut").write_bytes(whole + b"\0")
+    refuse(other, tmp_path / "cut", f"it has {len(whole) + 1} bytes, expected {len(whole)}")
+
+
+def test_files_with_a_flipped_bit_are_refused(chain, tmp_path):
+    _, other, paths = chain
+    whole = paths[0].read_bytes()
+    generator = random.Random(2)
+    places = [*range(40), *range(len(whole) - 40, len(whole))]
+    for place in [*places, *(generator.randrange(len(whole)) for _ in range(200))]:
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << generator.randrange(8)
+        (tmp_path / "flipped").write_bytes(damaged)
+        refuse(other, tmp_path / "flipped", "is damaged|is no file of save_changes")
+
+
+def test_what_is_no_delta_is_refused(chain, tmp_path):
+    _, other, _ = chain
+    (tmp_path / "text").write_text("no delta, and longer than what a delta begins with")
+    refuse(other, tmp_path / "text", "is no file of save_changes: it begins b'no delta, and lo'")
+    torch.save(other.optimizer.state_dict(), tmp_path / "full")
+    refuse(other, tmp_path / "full", "is no file of save_changes: it begins b'PK")
+    refuse(other, tmp_path, "is a directory, expected a file")
+    with pytest.raises(FileNotFoundError):
+        apply_changes(other.optimizer, tmp_path / "none")
+
+
+def rewrite(path, edit):
+    """Write a file anew, with a checksum that fits, after an edit of header and tensors."""
+    header, tensors = read_changes(path)
+    tensors = [t.clone() for t in tensors]
+    edit(header, header["groups"][0]["parameters"][0], tensors)
+    del header["tensors"], header["byteorder"]
+    write_changes(str(path), header, [Source(t) for t in tensors])
+
+
+def edit_tensor(name, change):
+    def edit(header, table, tensors):
+        if name == "ids":
+            place = table["rows"]["ids"]
+        else:
+            place = table["parameter"] if name == "p" else table["state"][name]["tensor"]
+        tensors[place] = change(tensors[place])
+
+    return edit
+
+
+class Trap:
+    """What a pickle would call."""
+
+    def __reduce__(self):
+        return os.mkdir, ("trap",)
+
+
+CRAFTED = {
+    "rows that fall": (edit_tensor("ids", lambda t: t.flip(0)), "has rows that do not rise from 0"),
+    "a row twice": (edit_tensor("ids", lambda t: t // 2 * 2), "has rows that do not rise from 0"),
+    "rows out of range": (edit_tensor("ids", lambda t: t + ROWS), "do not rise from 0 to 300"),
+    "rows below 0": (edit_tensor("ids", lambda t: t - ROWS), "do not rise from 0 to 300"),
+    "clocks ahead": (edit_tensor("last_step", lambda t: t + 9), "last_step: goes from .* to 19"),
+    "fewer rows": (edit_tensor("exp_avg", lambda t: t[1:]), "exp_avg: has torch.float32 of shape"),
+    "another dtype": (edit_tensor("p", lambda t: t.double()), "has torch.float64 of shape"),
+    "a history": (
+        lambda h, p, t: h["groups"][0].update(history="1 2 3"),
+        "group 0: history: got '1 2 3', expected finite numbers",
+    ),
+    "an option": (lambda h, p, t: h["groups"][0].update(lr=-1.0), "group 0: lr=-1.0: expected a"),
+    "no parameters": (lambda h, p, t: h["groups"][0].pop("parameters"), "is malformed: KeyError"),
+    "a place": (lambda h, p, t: p.update(parameter=1000), "is malformed: IndexError"),
+    "a format": (lambda h, p, t: h.update(format=2), "has format 2, expected 1"),
+}
+
+
+@pytest.mark.parametrize("edit,says", CRAFTED.values(), ids=CRAFTED)
+def test_crafted_files_are_refused(edit, says, chain):
+    _, other, paths = chain
+    rewrite(paths[0], edit)
+    refuse(other, paths[0], says)
+
+
+def test_windows_of_crafted_files_are_refused(tmp_path):
+    run, other = (Run(accumulation_steps=3, seed=seed) for seed in (0, 1))
+    run.train(range(5))
+    other.load(run.full())
+    since = position(run.optimizer)
+    run.train(range(5, 8))
+    for name, change, says in (
+        ("window", lambda t: t + 5, "window: goes from .* expected 0 to 3"),
+        ("window_rows", lambda t: t + ROWS, "window_rows: goes from .* expected 0 to 299"),
+        ("window_rows", lambda t: t.repeat(2, 1), r"has shape .* expected \[1, entries\]"),
+        ("window_rows", lambda t: t.int(), "has torch.int32, expected torch.int64"),
+    ):
+        save_changes(run.optimizer, tmp_path / "delta", since)
+        rewrite(tmp_path / "delta", edit_tensor(name, change))
+        refuse(other, tmp_path / "delta", says)
+
+
+def test_a_header_runs_no_code(chain, tmp_path, monkeypatch):
+    _, other, paths = chain
+
+    def unchecked(header):
+        file = io.BytesIO()
+        torch.save(header, file)
+        return file.getvalue()
+
+    monkeypatch.setattr(change_file, "_serialized", unchecked)
+    monkeypatch.chdir(tmp_path)
+    rewrite(paths[0], lambda header, *_: header.update(trap=Trap()))
+    refuse(other, paths[0], "cannot be read: UnpicklingError")
+    assert not (tmp_path / "trap").exists()
+
+
+# ---------------------------------------------------------------------------- whole or not at all
+
+
+def test_interrupted_before_any_line_changes_are_applied_whole_or_not(chain):
+    _, other, paths = chain
+    full, before = other.full(), other.everything()
+    apply_changes(other.optimizer, paths[0])
+    after, count, seen = other.everything(), 1, None
+    found = set()
+    while seen is None or seen["raised"]:
+        other.load(full)
+        with interrupt_at(count) as seen, contextlib.suppress(Interrupt):
+            apply_changes(other.optimizer, paths[0])
+        now = other.everything()
+        found.add(same(now, after))
+        assert same(now, before) or same(now, after), count
+        count += 7
+    assert found == {False, True} and count > 300
+
+
+def test_an_interrupted_save_leaves_what_was_there(chain):
+    run, other, paths = chain
+    there = paths[0].read_bytes()
+    since = position(run.optimizer)
+    run.train(range(40, 43))
+    count, interrupted = 1, 0
+    while True:
+        with interrupt_at(count) as seen, contextlib.suppress(Interrupt):
+            save_changes(run.optimizer, paths[0], since)
+        if not seen["raised"]:
+            break
+        interrupted += paths[0].read_bytes() == there
+        assert sorted(os.listdir(paths[0].parent)) == ["delta1", "delta2", "delta3"]
+        count += 31
+    assert interrupted > 10
+    assert paths[0].read_bytes() != there
+
+
+def test_a_save_that_fails_leaves_what_was_there(chain, monkeypatch):
+    run, _, paths = chain
+    there = paths[0].read_bytes()
+    since = position(run.optimizer)
+    run.train(range(40, 43))
+
+    def full_disk(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        save_changes(run.optimizer, paths[0], since)
+    assert paths[0].read_bytes() == there and len(os.listdir(paths[0].parent)) == 3
+
+
+PROGRAM = """
+import os, torch
+from test_changes import Run, apply_changes, position, save_changes
+
+folder, kill_at = os.environ["FOLDER"], int(os.environ["KILL_AT"])
+run = Run(seed=int(os.environ["SEED"]))
+full = os.path.join(folder, "full.pt")
+step, since = 0, None
+if os.path.exists(full):
+    run.load(torch.load(full, weights_only=True))
+    step, since = 4, position(run.optimizer)
+    while os.path.exists(os.path.join(folder, f"delta{step + 4}")):
+        step += 4
+        since = apply_changes(run.optimizer, os.path.join(folder, f"delta{step}"))
+print("from", step)
+if kill_at:  # while a file is half written
+    replace = os.replace
+    def killed(source, target):
+        if target.endswith(f"delta{kill_at}"):
+            with open(source, "r+b") as file:
+                file.truncate(1000)
+            os._exit(9)
+        replace(source, target)
+    os.replace = killed
+while step < 20:
+    run.train(range(step, step + 4))
+    step += 4
+    if since is None:
+        torch.save(run.full(), full)
+        since = position(run.optimizer)
+    else:
+        since = save_changes(run.optimizer, os.path.join(folder, f"delta{step}"), since)
+torch.save(run.everything(), os.path.join(folder, f"end{os.environ['SEED']}"))
+"""
+
+
+def test_killed_and_restored_a_run_ends_the_same_bit_by_bit(run_python, tmp_path):
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "whole").mkdir()
+    killed = dict(FOLDER=str(tmp_path / "killed"))
+    result = run_python(PROGRAM, check=False, KILL_AT="12", SEED="0", **killed)
+    assert result.returncode == 9, result.stderr
+    result = run_python(PROGRAM, check=False, KILL_AT="20", SEED="1", **killed)
+    assert (result.returncode, result.stdout) == (9, "from 8\n"), result.stderr
+    assert run_python(PROGRAM, KILL_AT="0", SEED="2", **killed).stdout == "from 16\n"
+    run_python(PROGRAM, KILL_AT="0", SEED="0", FOLDER=str(tmp_path / "whole"))
+    ends = [tmp_path / "killed" / "end2", tmp_path / "whole" / "end0"]
+    assert same(*(torch.load(end, weights_only=True) for end in ends))
+    left = [name for name in os.listdir(tmp_path / "killed") if name.endswith(".tmp")]
+    assert len(left) == 2
+
+
+def test_memory_for_saving_does_not_grow_with_the_table(tmp_path, monkeypatch):
+    process = pytest.importorskip("psutil").Process()
+    rows = 1 << 20
+    table = Parameter(torch.randn(rows, 32))
+    optimizer = Tiger([table], lr=0.01, lazy="exact")
+    table.grad = torch.sparse_coo_tensor([[5]], torch.ones(1, 32), (rows, 32))
+    optimizer.step()
+    optimizer.flush()
+    since = position(optimizer)
+    half = torch.arange(0, rows, 2)
+    table.grad = torch.sparse_coo_tensor(half[None], torch.ones(rows // 2, 32), (rows, 32))
+    optimizer.step()
+    table.grad = None
+    pieces, peaks = Source.pieces, []
+
+    def watched(self):
+        for piece in pieces(self):
+            peaks.append(process.memory_info().rss)
+            yield piece
+
+    monkeypatch.setattr(Source, "pieces", watched)
+    before = process.memory_info().rss
+    save_changes(optimizer, tmp_path / "rows", since)
+    optimizer.flush()
+    save_changes(optimizer, tmp_path / "whole", since)
+    assert os.path.getsize(tmp_path / "rows") > table.nbytes
+    assert os.path.getsize(tmp_path / "whole") > 2 * table.nbytes
+    assert max(peaks) - before < 64e6 < table.nbytes / 2

@@ -37,7 +37,7 @@ _LENGTHS = struct.Struct("<QQ")
 _START = len(_KIND) + _LENGTHS.size
 _DIGEST = hashlib.sha256().digest_size
 _ALIGNMENT = 64
-_CHUNK = 1 << 24  # bytes that are gathered, hashed or written at a time
+_CHUNK = 1 << 22  # bytes that are gathered, hashed or written at a time
 
 
 class Source:

@@ -130,7 +130,7 @@ between = pytest.mark.parametrize("event", BETWEEN.values(), ids=BETWEEN)
 def follow(run, other, tmp_path, event=nothing, steps=8, deltas=3):
     """Train, save in full, then deltas; restore them in the other run; both go on alike.
 
-    ``event`` comes directly after a save, and again before the next one.
+    ``event`` comes directly after each save, and before one of them.
     """
     run.train(range(steps))
     full, since = run.full(), position(run.optimizer)
@@ -138,7 +138,8 @@ def follow(run, other, tmp_path, event=nothing, steps=8, deltas=3):
     for k in range(1, deltas + 1):
         event(run)
         run.train(range(steps * k, steps * (k + 1)))
-        event(run)
+        if k == 2:
+            event(run)
         paths.append(tmp_path / f"delta{k}")
         since = save_changes(run.optimizer, paths[-1], since)
     other.load(full)
@@ -211,6 +212,26 @@ def test_other_dtypes(cls, lazy, event, dtype, tmp_path):
 def test_open_accumulation_windows(lazy, fused, event, steps, tmp_path):
     make = lambda seed: Run(Tiger, lazy, fused=fused, seed=seed, accumulation_steps=3)  # noqa: E731
     follow(make(0), make(1), tmp_path, event, steps)
+
+
+@every_road
+@pytest.mark.parametrize("lazy", ["decay", "exact"])
+def test_a_window_that_was_open_and_still_is(lazy, fused, tmp_path):
+    options = dict(fused=fused, accumulation_steps=4)
+    run, other = Run(Tiger, lazy, **options), Run(Tiger, lazy, seed=1, **options)
+    run.train(range(5))
+    run.optimizer.flush()
+    other.load(run.full())
+    since = position(run.optimizer)
+    for step in range(5, 7):
+        run.train([step])
+        since = save_changes(run.optimizer, tmp_path / "delta", since)
+        assert rows_in(tmp_path / "delta") <= 18
+        apply_changes(other.optimizer, tmp_path / "delta")
+        assert_alike(run, other)
+    for each in (run, other):
+        each.optimizer.close_window()
+    assert_alike(run, other)
 
 
 @every_road
@@ -356,6 +377,37 @@ def test_state_that_began_or_was_cleared_since(cls, lazy, tmp_path):
     assert_alike(run, other)
     run.train(range(9, 12))
     other.train(range(9, 12))
+    assert_alike(run, other)
+
+
+@every_mode
+def test_state_that_is_cleared_after_a_delta_begins_anew(cls, lazy, tmp_path):
+    run, other = Run(cls, lazy), Run(cls, lazy, seed=1)
+    run.train(range(5))
+    other.load(run.full())
+    since = position(run.optimizer)
+    run.train(range(5, 9))
+    save_changes(run.optimizer, tmp_path / "delta", since)
+    apply_changes(other.optimizer, tmp_path / "delta")
+    for each in (run, other):
+        del each.optimizer.state[each.net.table.weight]
+        each.train(range(9, 12))
+        flush(each)
+    assert_alike(run, other)
+
+
+def test_rows_that_a_delta_leaves_behind_are_brought_up_to_date_when_read(tmp_path):
+    run, other = Run(), Run(seed=1)
+    run.train(range(5))
+    run.optimizer.flush()
+    other.load(run.full())
+    other.optimizer.flush()  # all of its rows are known to be current
+    since = position(run.optimizer)
+    run.train(range(5, 9))
+    save_changes(run.optimizer, tmp_path / "delta", since)
+    apply_changes(other.optimizer, tmp_path / "delta")
+    for each in (run, other):
+        read(each)
     assert_alike(run, other)
 
 
@@ -620,6 +672,22 @@ WRONG_SINCE = {
 }
 
 
+@pytest.mark.parametrize("steps", [0, 6])
+def test_asking_for_the_position_changes_nothing(steps, tmp_path):
+    for options in ({}, {"accumulation_steps": 4}):
+        run, other, asked = (Run(seed=seed, **options) for seed in range(3))
+        run.train(range(steps))
+        for each in (other, asked):
+            each.load(run.full())
+        position(asked.optimizer)
+        for each in (run, other, asked):
+            if options:
+                each.optimizer.close_window()
+            each.train(range(steps, steps + 5))
+        assert_alike(run, other)
+        assert_alike(run, asked)
+
+
 @pytest.mark.parametrize("since,error,says", WRONG_SINCE.values(), ids=WRONG_SINCE)
 def test_a_since_that_does_not_fit_is_refused(since, error, says, tmp_path):
     run = Run()
@@ -679,7 +747,7 @@ def test_missing_deltas_and_a_wrong_order_are_refused(chain):
 
 
 def test_a_run_that_went_on_is_not_where_a_delta_counts_from(chain):
-    run, other, paths = chain
+    _run, other, paths = chain
     twin = copy.deepcopy(other)
     read(other)
     refuse(other, paths[0], "has had other rows touched: its last_step is another")
@@ -938,7 +1006,7 @@ def test_interrupted_before_any_line_changes_are_applied_whole_or_not(chain):
 
 
 def test_an_interrupted_save_leaves_what_was_there(chain):
-    run, other, paths = chain
+    run, _other, paths = chain
     there = paths[0].read_bytes()
     since = position(run.optimizer)
     run.train(range(40, 43))

@@ -168,12 +168,7 @@ class _Rows:
             rewritten = now["rewritten"]
             if known[0]["line"] == group.clock.line:
                 rewritten -= then.get("rewritten", 0)
-            if (
-                since is None
-                or known[0]["options"]["lazy"] != repr(group.options["lazy"])
-                or rewritten
-                or any(then.get(key) != now.get(key) for key in ("begins_at", "rows"))
-            ):
+            if since is None or rewritten or then.get("begins_at") != now.get("begins_at"):
                 return None
             if not state and not then["tensors"]:
                 return cls(max(len(now["shape"][:1]), 1), torch.empty(0, dtype=torch.int32))
@@ -186,7 +181,8 @@ class _Rows:
             return None
         least = int(since or 0)
         shrinks = group.options["nonfinite"] == "shrink"
-        if then is not None and then["current"] and not shrinks and group.window == 0:
+        by_rows = "window" in names or "window" not in state
+        if then is not None and then["current"] and by_rows and not shrinks:
             least += 1  # those at `since` were there before
         window = state["window"] if "window" in names else None
         chosen = [_is_changed(*each, least, group.window) for each in _split(last_step, window)]

@@ -18,7 +18,7 @@ from torch import Tensor
 from tiger_ext.capture import is_capturing
 from tiger_ext.change_file import Source, bytes_of
 from tiger_ext.group_step import GroupStep
-from tiger_ext.lazy import is_rewritten, note_version, warn_if_behind
+from tiger_ext.lazy import is_rewritten, note_version, place_histories, warn_if_behind
 from tiger_ext.optimizer import MixedOptimizer
 from tiger_ext.options import MOMENTS, algorithm_of
 from tiger_ext.reference import current_up_to
@@ -75,6 +75,7 @@ def groups_of(optimizer: MixedOptimizer) -> list[GroupStep]:
         for position, p in enumerate(group.params):
             if p.is_meta:
                 raise ValueError(f"{group.name(position)} is on the device meta, expected data")
+    place_histories([group for group in groups if group.history is not None])
     return groups
 
 
@@ -128,7 +129,6 @@ def _parameter_position(group: GroupStep, i: int, state: Mapping[str, Any]) -> d
     found["rewritten"] = group.clock.rewritten.get(p, 0)
     last_step = state.get("last_step")
     if last_step is not None:
-        found["rows"] = list(last_step.shape)
         found["clocks"] = _digest(*Source(last_step).pieces())
         steps = group.history.steps
         found["current"] = not any(

@@ -34,7 +34,6 @@ from tiger_ext.positions import (
     groups_of,
     position_of,
 )
-from tiger_ext.reference import current_up_to
 
 __all__ = ["save_changes"]
 
@@ -185,13 +184,15 @@ class _Rows:
         if then is not None and then["current"] and by_rows and not shrinks:
             least += 1  # those at `since` were there before
         window = state["window"] if "window" in names else None
-        chosen = [_is_changed(*each, least, group.window) for each in _split(last_step, window)]
-        count = sum(int(each.sum()) for each in chosen)
-        if count == last_step.numel():
-            return None
         dtype = torch.int32 if last_step.numel() < 2**31 else torch.int64
-        ids = [each.nonzero().flatten().add_(k * CLOCKS).to(dtype) for k, each in enumerate(chosen)]
-        return cls(last_step.dim(), torch.cat(ids), names)
+        parts = [
+            _changed(*each, least, group.window).to(dtype).add_(k * CLOCKS)
+            for k, each in enumerate(_split(last_step, window))
+        ]
+        ids = torch.cat(parts)
+        if len(ids) == last_step.numel():
+            return None
+        return cls(last_step.dim(), ids, names)
 
 
 def _names_with_rows(state: Mapping[str, Any], last_step: Tensor) -> list[str]:
@@ -213,8 +214,10 @@ def _split(last_step: Tensor, window: Tensor | None) -> list[tuple[Tensor, Tenso
     return list(zip(clocks, window.reshape(-1).split(CLOCKS), strict=True))
 
 
-def _is_changed(last_step: Tensor, window: Tensor | None, least: int, open_window: int) -> Tensor:
-    changed = current_up_to(last_step) >= least
+def _changed(last_step: Tensor, window: Tensor | None, least: int, open_window: int) -> Tensor:
+    """Return which rows have changed."""
+    # As current_up_to(last_step) >= least, in half the time.
+    changed = (last_step >= least).logical_or_(last_step <= -1 - least)
     if window is not None and open_window > 0:
         changed |= window == open_window
-    return changed
+    return changed.nonzero().flatten()

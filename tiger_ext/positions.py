@@ -37,7 +37,7 @@ __all__ = [
 Position = dict[str, Any]
 
 FORMAT = 1
-CLOCKS = 1 << 22  # that are looked at together
+CLOCKS = 1 << 20  # that are looked at together
 _SAMPLE = 4096  # elements of each tensor that are compared
 # Options that others set from step to step, or that say how and not what is computed.
 _PASSING = ("lr", "weight_decay", "betas", "eps", "fused", "capturable")

@@ -9,7 +9,7 @@ run: other batches touch other rows.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -92,11 +92,13 @@ def position_of(
             {
                 "algorithm": options["algorithm"],
                 "options": {
-                    name: repr(options[name]) for name in sorted(defaults) if name not in _PASSING
+                    name: repr(options.get(name))
+                    for name in sorted(defaults)
+                    if name not in _PASSING
                 },
                 "line": group.clock.line,
                 "steps": None if history is None else history.steps,
-                "history": "" if history is None else _digest(history.text().encode()),
+                "history": "" if history is None else _digest([history.text().encode()]),
                 "windows": group.clock.windows,
                 "micro_steps": group.clock.micro_steps,
                 "params": [
@@ -129,7 +131,7 @@ def _parameter_position(group: GroupStep, i: int, state: Mapping[str, Any]) -> d
     found["rewritten"] = group.clock.rewritten.get(p, 0)
     last_step = state.get("last_step")
     if last_step is not None:
-        found["clocks"] = _digest(*Source(last_step).pieces())
+        found["clocks"] = _digest(Source(last_step).pieces())
         steps = group.history.steps
         found["current"] = not any(
             bool((current_up_to(part) != steps).any())
@@ -138,7 +140,7 @@ def _parameter_position(group: GroupStep, i: int, state: Mapping[str, Any]) -> d
     return found
 
 
-def _digest(*parts: Tensor | bytes) -> str:
+def _digest(parts: Iterable[Tensor | bytes]) -> str:
     digest = hashlib.sha256()
     for part in parts:
         for piece in [part] if isinstance(part, bytes) else bytes_of(part):
@@ -156,7 +158,7 @@ def _sample(tensors: Sequence[Tensor]) -> str:
         elif count > 0:
             places = torch.arange(count, device=t.device) * t.numel() // count
             found.append(t.detach()[torch.unravel_index(places, t.shape)].cpu())
-    return _digest(*found)
+    return _digest(found)
 
 
 def difference(now: Position, then: Position) -> str | None:

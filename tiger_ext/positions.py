@@ -40,7 +40,7 @@ FORMAT = 1
 CLOCKS = 1 << 20  # that are looked at together
 _SAMPLE = 4096  # elements of each tensor that are compared
 # Options that others set from step to step, or that say how and not what is computed.
-_PASSING = ("lr", "weight_decay", "betas", "eps", "fused", "capturable")
+_PASSING = {"lr", "weight_decay", "betas", "eps", "fused", "capturable"}
 
 
 @torch.no_grad()
@@ -87,15 +87,11 @@ def position_of(
     each = []
     for group, count in zip(groups, known, strict=False):
         history, options = group.history, group.options
-        defaults = algorithm_of(options["algorithm"]).defaults
+        names = algorithm_of(options["algorithm"]).defaults.keys() - _PASSING
         each.append(
             {
                 "algorithm": options["algorithm"],
-                "options": {
-                    name: repr(options.get(name))
-                    for name in sorted(defaults)
-                    if name not in _PASSING
-                },
+                "options": {name: repr(options.get(name)) for name in sorted(names)},
                 "line": group.clock.line,
                 "steps": None if history is None else history.steps,
                 "history": "" if history is None else _digest([history.text().encode()]),

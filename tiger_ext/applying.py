@@ -186,7 +186,10 @@ class _Applying:
             groups, header["groups"], self._loaded.clocks, self._loaded.states, strict=True
         ):
             for i, (entry, own) in enumerate(zip(theirs["parameters"], each, strict=True)):
-                final = own if group.params[i] in new else self._in_place(group, i, entry, clock)
+                if group.params[i] in new:  # without an empty list of a window's rows
+                    final = {name: value for name, value in own.items() if name in entry["state"]}
+                else:
+                    final = self._in_place(group, i, entry, clock)
                 self._take(group, i, entry, clock, final)
 
     def _value(self, each: Mapping[str, Any]) -> Any:

@@ -10,7 +10,7 @@ import torch
 from tiger_ext.options import ALGORITHMS
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-LEAST_SNIPPETS = {"embeddings.md": 5, "large_tables.md": 5, "usage.md": 6}
+LEAST_SNIPPETS = {"checkpoints.md": 1, "embeddings.md": 5, "large_tables.md": 5, "usage.md": 6}
 
 
 def _blocks(page):

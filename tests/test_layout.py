@@ -37,6 +37,9 @@ optimizer
 tiger lion adamw
 clip groups nn health_findings archive
 health
+change_file
+positions
+changes applying
 checkpoint
 __init__
 __main__

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import os
 import time
 
 import psutil
@@ -8,6 +9,8 @@ from cases import every_rule
 from torch.nn import Parameter
 
 from tiger_ext import AdamW, Tiger
+from tiger_ext.change_file import Source
+from tiger_ext.checkpoint import apply_changes, position, save_changes
 
 MIB = 2**20
 
@@ -102,3 +105,42 @@ def test_huge_pages_change_no_content(rule):
     for state in opt.state[p].values():
         if state.dim():
             assert not state[untouched].any() and state[rows].all()
+
+
+def test_deltas_are_saved_and_applied_without_a_copy_of_the_table(tmp_path, monkeypatch):
+    rows = 1 << 20
+
+    def make():
+        table = Parameter(torch.ones(rows, 32))
+        optimizer = Tiger([table], lr=0.01, lazy="exact")
+        table.grad = torch.sparse_coo_tensor([[5]], torch.ones(1, 32), table.shape)
+        optimizer.step()
+        optimizer.flush()
+        return table, optimizer
+
+    table, optimizer = make()
+    copy, other = make()
+    since = position(optimizer)
+    half = torch.arange(0, rows, 2)
+    table.grad = torch.sparse_coo_tensor(half[None], torch.ones(rows // 2, 32), table.shape)
+    optimizer.step()
+    table.grad = None
+    pieces, peaks = Source.pieces, []
+
+    def watched(self):
+        for piece in pieces(self):
+            peaks.append(resident())
+            yield piece
+
+    monkeypatch.setattr(Source, "pieces", watched)
+    before = resident()
+    save_changes(optimizer, tmp_path / "rows", since)
+    optimizer.flush()
+    save_changes(optimizer, tmp_path / "whole", since)
+    assert os.path.getsize(tmp_path / "rows") > 128 * MIB
+    assert os.path.getsize(tmp_path / "whole") > 256 * MIB
+    assert max(peaks) - before < 32 * MIB
+    before = resident()
+    apply_changes(other, tmp_path / "whole")  # which is mapped as long as it is read
+    assert resident() - before < 32 * MIB
+    assert torch.equal(table, copy)

@@ -3,7 +3,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from tiger_ext import nn
+from tiger_ext import checkpoint, nn
 from tiger_ext.adamw import AdamW
 from tiger_ext.clip import clip_grad_norm_, clip_grad_value_
 from tiger_ext.groups import param_groups
@@ -17,6 +17,7 @@ __all__ = [
     "Lion",
     "Tiger",
     "__version__",
+    "checkpoint",
     "clip_grad_norm_",
     "clip_grad_value_",
     "empty_table",

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Saved models and their optimizers, as ``python -m tiger_ext health`` reads them.
+"""Saved models and their optimizers: delta checkpoints, and reports of what was saved.
 
-Two kinds of file:
+``save_changes`` writes what has changed since an earlier save, ``apply_changes`` brings it back,
+and ``position`` says where an optimizer is (docs/checkpoints.md).
+
+``checkpoint_health``, as ``python -m tiger_ext health`` calls it, reads two kinds of file:
 
 * What ``torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, path)``
   writes; more entries do no harm. It is loaded with ``weights_only=True``, so that a file runs no
@@ -37,12 +40,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tiger_ext.applying import apply_changes
 from tiger_ext.archive import CheckpointError, load_checked, open_regular
+from tiger_ext.changes import save_changes
 from tiger_ext.health import HealthReport, Table, report_on
 from tiger_ext.history import MAX_STEPS
 from tiger_ext.options import MOMENTS, REDUCIBLE
+from tiger_ext.positions import position
 
-__all__ = ["CheckpointError", "checkpoint_health"]
+__all__ = ["CheckpointError", "apply_changes", "checkpoint_health", "position", "save_changes"]
 
 _MESSAGE_LENGTH = 300
 

@@ -8,6 +8,7 @@ distributed checkpointing expects: ``history``, ``windows`` and ``micro_steps``.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -41,6 +42,9 @@ class GroupClock:
             notice other writers.
         warned: the parameters of which it need not be said (again) that others wrote to rows that
             were behind.
+        rewritten: of parameters that others wrote to: how often that was seen.
+        line: what its positions (tiger_ext/changes.py) are known by.
+        loaded_at: the step of the history that was loaded, or 0.
     """
 
     __slots__ = (
@@ -48,8 +52,11 @@ class GroupClock:
         "clocked",
         "frozen",
         "history",
+        "line",
+        "loaded_at",
         "micro_steps",
         "params",
+        "rewritten",
         "storage",
         "versions",
         "warned",
@@ -67,6 +74,8 @@ class GroupClock:
         self.storage: tuple[Any, ...] | None = None
         self.versions: dict[Tensor, tuple[int, int]] = {}
         self.warned: set[Tensor] = set()
+        self.rewritten: dict[Tensor, int] = {}
+        self.line, self.loaded_at = secrets.token_hex(8), 0
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what copies go on from."""
@@ -126,7 +135,7 @@ class GroupClock:
         if self.history is not None:
             for p in new:
                 self.begins[p] = self.history.steps
-        for old in (self.begins, self.frozen, self.versions):
+        for old in (self.begins, self.frozen, self.versions, self.rewritten):
             for p in [p for p in old if p not in self.params]:
                 del old[p]
         self.clocked &= self.params.keys()

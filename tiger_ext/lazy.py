@@ -285,8 +285,11 @@ def warn_if_behind(group: GroupStep, position: int, states: Mapping[Tensor, Any]
     """Warn, once for a table, that others have written to it, if rows of it were behind."""
     history, p = group.history, group.params[position]
     assert history is not None
+    if is_capturing():
+        return
+    group.clock.rewritten[p] = group.clock.rewritten.get(p, 0) + 1
     last_step = states.get(p, {}).get("last_step")
-    if p in group.clock.warned or last_step is None or is_capturing():
+    if p in group.clock.warned or last_step is None:
         return
     if is_behind(last_step, history.steps):
         group.clock.warned.add(p)

@@ -64,14 +64,19 @@ def fill_in(
 
 
 class Loaded:
-    """A state dict on its way into an optimizer: checked and copied first, then taken over."""
+    """A state dict on its way into an optimizer: checked and copied first, then taken over.
+
+    Attributes:
+        states: of each group's parameters, what has been copied.
+        clocks: of each group, what has been counted.
+    """
 
     def __init__(self, groups: list[dict[str, Any]], *, assign: bool = False) -> None:
         """Remember what it must fit; ``assign``: its tensors are taken, not copied."""
         self._groups = groups
         self._assign = assign
-        self._states: list[list[dict[str, Any]]] = []
-        self._clocks: list[GroupClock] = []
+        self.states: list[list[dict[str, Any]]] = []
+        self.clocks: list[GroupClock] = []
 
     def check(self, final: dict[str, Any]) -> dict[str, Any]:
         """Check and copy; return what torch is to load: all but the parameters' states.
@@ -102,23 +107,23 @@ class Loaded:
                 state = states.get(i, {})
                 each.append(_checked_state(where, state, p, merged, clock, self._assign))
             groups.append(merged)
-            self._states.append(each)
-            self._clocks.append(clock)
+            self.states.append(each)
+            self.clocks.append(clock)
         rest = {key: value for key, value in states.items() if key not in known}
         return {**final, "param_groups": groups, "state": rest}
 
     def restore(self, groups: list[dict[str, Any]], state: Any, clocks: Clocks) -> None:
         """Take over the copies; ``groups`` are those that torch has loaded."""
-        for group, each in zip(groups, self._states, strict=True):
+        for group, each in zip(groups, self.states, strict=True):
             group.update({key: PLACEHOLDERS[key] for key in PLACEHOLDERS if key in group})
             keep_seed(group)
             for p, own in zip(group["params"], each, strict=True):
                 if own:
                     state[p] = own
                     self._move_to_huge_pages(p, own)
-        for group, clock in zip(groups, self._clocks, strict=True):
+        for group, clock in zip(groups, self.clocks, strict=True):
             clock.storage = storage_of(group)
-        clocks.replace(groups, self._clocks)
+        clocks.replace(groups, self.clocks)
 
     def _move_to_huge_pages(self, p: Tensor, state: Mapping[str, Any]) -> None:
         # Its first step is over. Copies are in huge pages.
@@ -186,6 +191,8 @@ def _clock_of(index: int, saved: Mapping[str, Any], own: Mapping[str, Any]) -> G
             _refuse(where, "history", history, str(error))
     elif history is not None:
         _refuse(where, "history", history, "a string of numbers")
+    if clock.history is not None:
+        clock.loaded_at = clock.history.steps
     return clock
 
 

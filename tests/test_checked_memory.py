@@ -147,7 +147,7 @@ def test_rows_to_catch_up_that_do_not_exist(begin, end):
     state = opt.state[p]
     arguments = (p, [state["exp_avg"]], state["last_step"], group.rule(True))
     with unchanged(opt), pytest.raises(_native.C.UpdateError, match="out of range for 6 rows"):
-        _native.C.catch_up(*arguments, group.history.native(), 0, None, begin, end, None)
+        _native.C.catch_up(*arguments, group.history.native(), 0, None, begin, end, None, None)
 
 
 def test_long_runs_of_tables_of_several_types():

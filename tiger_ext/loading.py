@@ -14,7 +14,7 @@ from tiger_ext.clocks import PLACEHOLDERS, Clocks, GroupClock
 from tiger_ext.group_step import storage_of
 from tiger_ext.history import MAX_STEPS, History
 from tiger_ext.huge_pages import is_large, move_to_huge_pages
-from tiger_ext.moments import SCALES, block_scales, is_int8, is_row_wise, is_scale
+from tiger_ext.moments import SCALES, block_scales, is_int8, is_row_wise, is_scale, scale_name
 from tiger_ext.options import (
     ALGORITHMS,
     FLOATS,
@@ -230,7 +230,7 @@ def _checked_state(
             own[name] = _integers(where, name, value, p, assign)
         elif name in moments and not isinstance(value, Tensor):
             _refuse(where, name, value, "a tensor")
-        elif name in SCALES.values() and group.get("momentum_dtype") == torch.int8:
+        elif name in SCALES and group.get("momentum_dtype") == torch.int8:
             own[name] = _scale(where, name, value, p, assign)
         elif isinstance(value, Tensor):
             by_rows = _check_moment(where, name, value, p, group)
@@ -324,7 +324,7 @@ def _check_int8(
     """Check that an int8 moment and its scales are there together, and fit the rows' clocks."""
     if group.get("momentum_dtype") != torch.int8:
         return
-    name, last_step = SCALES[moment.name], own.get("last_step")
+    name, last_step = scale_name(moment.name), own.get("last_step")
     scale = own.get(name)
     quantised = moment.name in own and own[moment.name].dtype == torch.int8
     if quantised and scale is None:

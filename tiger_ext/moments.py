@@ -39,12 +39,19 @@ __all__ = [
     "new_moments",
     "read_moment",
     "row_dims",
+    "scale_name",
     "stored_dims",
     "written_moment",
 ]
 
-# The names of moments' scales.
-SCALES = {name: f"{name}_scale" for name in MOMENTS}
+
+def scale_name(moment: str) -> str:
+    """Return what the state calls the scales of a moment."""
+    return f"{moment}_scale"
+
+
+# The names of all scales.
+SCALES = tuple(map(scale_name, MOMENTS))
 
 _Where = tuple[Tensor, ...] | None
 
@@ -123,7 +130,7 @@ def _scales_rows(p: Tensor, moment: Moment, group: GroupStep, state: Mapping[str
 
 def _dims_of_scale(p: Tensor, moment: Moment, state: Mapping[str, Any]) -> int:
     """Return how many dimensions make a row of a moment's scales; 0: they are of blocks or none."""
-    scale = state.get(SCALES[moment.name])
+    scale = state.get(scale_name(moment.name))
     if scale is None or not 0 < scale.dim() <= p.dim() or scale.shape != p.shape[: scale.dim()]:
         return 0
     return int(scale.dim())
@@ -152,7 +159,7 @@ def new_moments(
         if not _lies_alike(q, p):
             q = _zeros(p, p.shape, torch.int8)
         scale = _zeros(p, p.shape[:dims] if by_rows else block_scales(p), torch.float32)
-        return {moment.name: q, SCALES[moment.name]: scale}
+        return {moment.name: q, scale_name(moment.name): scale}
     dtype = group.options["momentum_dtype"] or p.dtype
     if dtype == torch.int8:
         dtype = torch.float32
@@ -192,7 +199,7 @@ def decaying(moment: Moment, state: Mapping[str, Any]) -> Tensor:
     """Return what skipped steps multiply, of an int8 moment its scales."""
     stored: Tensor = state[moment.name]
     if stored.dtype == torch.int8:
-        scale: Tensor = state[SCALES[moment.name]]
+        scale: Tensor = state[scale_name(moment.name)]
         return scale
     return stored
 
@@ -244,7 +251,7 @@ def written_moment(
     stored = state[moment.name]
     if stored.dtype != torch.int8:
         return [(stored, units)]
-    scale = state[SCALES[moment.name]]
+    scale = state[scale_name(moment.name)]
     assert draws is not None
     values, bits = units.to(torch.float32), draws.bits(stream, p, where)
     if where is not None:
@@ -279,7 +286,7 @@ def converted(
 
     It is filled later, because rows may have to catch up before. May be repeated.
     """
-    stored, scale = state[moment.name], state.get(SCALES[moment.name])
+    stored, scale = state[moment.name], state.get(scale_name(moment.name))
     dims = row_dims(p, group, state, anew=anew)
     if is_row_wise(p, moment, group.options):
         if stored.shape == p.shape[:dims] and stored.dtype == arithmetic_dtype(p):
@@ -293,7 +300,7 @@ def converted(
     elif stored.dtype != torch.int8 and stored.shape == p.shape:
         return None
     new = new_moments(p, moment, group, state, anew=anew)
-    old = {moment.name: stored, SCALES[moment.name]: scale}
+    old = {moment.name: stored, scale_name(moment.name): scale}
     if is_int8(moment, group.options):
         return new, partial(_requantise, p, moment, new, old, draws)
     if stored.dtype == torch.int8:
@@ -314,7 +321,7 @@ def _requantise(
 ) -> None:
     where = None
     units = read_moment(p, moment, state=old, where=None).expand(1, *p.shape)
-    scale = new[SCALES[moment.name]]
+    scale = new[scale_name(moment.name)]
     if scale.shape != block_scales(p):
         rows = torch.ones(scale.shape, dtype=torch.bool, device=p.device)
         where = rows.nonzero(as_tuple=True)
@@ -348,12 +355,12 @@ def check_shapes(p: Tensor, state: Mapping[str, Any]) -> None:
                 f"the state {name} has shape {list(shape)}, the parameter has shape {list(p.shape)}"
             )
         if state[name].dtype == torch.int8:
-            scale = state.get(SCALES[name])
+            scale = state.get(scale_name(name))
             if scale is None or not is_scale(p, scale):
                 found = "there is none" if scale is None else f"it has shape {list(scale.shape)}"
                 raise RuntimeError(
-                    f"the state {name} is int8 and needs {SCALES[name]} of the shape of the first "
-                    f"dimensions of {list(p.shape)}, or {list(block_scales(p))}, but {found}"
+                    f"the state {name} is int8 and needs {scale_name(name)} of the shape of the "
+                    f"first dimensions of {list(p.shape)}, or {list(block_scales(p))}, but {found}"
                 )
 
 

@@ -31,7 +31,7 @@ from tiger_ext.capture import is_capturing
 from tiger_ext.clocks import GroupClock
 from tiger_ext.group_step import GroupStep, is_row_lazy
 from tiger_ext.huge_pages import is_large, move_to_huge_pages
-from tiger_ext.moments import SCALES, converted, new_moments, stored_dims
+from tiger_ext.moments import converted, new_moments, scale_name, stored_dims
 from tiger_ext.rounding import Draws, counts_steps
 from tiger_ext.tables import untouched_zeros
 
@@ -174,7 +174,7 @@ def convert_state(
         found = converted(p, moment, group, state, draws, anew=anew)
         if found is None:
             continue
-        for name in (moment.name, SCALES[moment.name]):
+        for name in (moment.name, scale_name(moment.name)):
             if name in state or name in found[0]:
                 changes.will_set(p, name)
                 state.pop(name, None)

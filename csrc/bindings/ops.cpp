@@ -228,8 +228,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     std::map<std::string, std::vector<std::vector<std::string>>> forms;
     for (int kind = 0; kind < kRuleCount; ++kind) {
       const RuleInfo& info = rule_info(static_cast<RuleKind>(kind));
-      if (info.family)
-        forms[info.family].emplace_back(info.state_names, info.state_names + info.states);
+      if (!info.family) continue;
+      std::vector<std::string> names(info.state_names, info.state_names + info.states);
+      if (info.row_state_name) names.emplace_back(info.row_state_name);
+      forms[info.family].push_back(names);
     }
     return forms;
   });

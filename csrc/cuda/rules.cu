@@ -131,7 +131,8 @@ struct ResolveRule {
   template <typename T>
   __device__ static void write(const RuleParams& params, Verdict verdict, void* slot) {
     with_rule<T>(params.kind, [&]<typename, typename Rule>() {
-      if constexpr (Rule::kStates > 0)  // the others are a verdict here, never an item's rule
+      // The others are a verdict here, or have no kernels; never an item's rule.
+      if constexpr (kIsOfGroups<Rule> && !kHasRowMoment<Rule>)
         *static_cast<ResolvedRule<Rule>*>(slot) = {verdict, Rule(params)};
     });
   }

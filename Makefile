@@ -34,7 +34,7 @@ CPP_FILES := $(filter-out %.md,$(shell find csrc tests/cpp tests/cuda_on_cpu -ty
 # those of the kernels in turn as well, with torch on all cores.
 PARALLEL := -n auto --dist worksteal
 THREADED := test_dense test_rows test_determinism test_two_threads
-BENCHMARKS := sparse dense small_tensors embedding_step embedding_options lazy clip
+BENCHMARKS := sparse dense small_tensors embedding_step embedding_options lazy compact_state clip
 
 .PHONY: all build demo test test-cpp check bench wheel lint sanitize cuda-build cuda-on-cpu \
   cmake-build add-rule fuzz gpu-check clean

@@ -23,6 +23,7 @@ SCRIPTS = (
     "bench_small_tensors",
     "bench_embedding_options",
     "bench_lazy",
+    "bench_compact_state",
     "bench_clip",
 )
 # Contenders that are ours, or no optimizer.

@@ -212,17 +212,16 @@ class RowUpdate {
     }
     const RandomUnit for_param(kOnlyCatchesUp ? rounding.caught_up_key : rounding.param_key, row);
     const RandomUnit for_momentum(rounding.momentum_key, row);
-    alignas(kCacheLine) T momentum[kBlock] = {};
     for (int64_t c = 0; c < item_.dim; c += kBlock) {
       const int64_t n = item_.dim - c < kBlock ? item_.dim - c : kBlock;
       const BlockPlace where = block_place(at, c);
       update_rounded_block(rule, grad_of(c, n), item_.param, item_.states, where, n,
                            item_.block_scales ? item_.scales[c / kBlock] : scale,
-                           rounding.param ? &for_param : nullptr, c, momentum);
+                           rounding.param ? &for_param : nullptr, c, momentum_);
       if (!quantises) continue;
-      if (item_.dim <= kBlock) largest = largest_bits(momentum, n);
+      if (item_.dim <= kBlock) largest = largest_bits(momentum_, n);
       item_.scales[row] = quantisation_scale(largest);
-      quantise(item_.states[0], where.states[0], where.state_indices[0], n, momentum,
+      quantise(item_.states[0], where.states[0], where.state_indices[0], n, momentum_,
                item_.scales[row], for_momentum, c);
     }
   }
@@ -324,4 +323,5 @@ class RowUpdate {
   const CatchUpTable<T, Rule> catch_up_;
   const bool careful_;
   Mixture mixture_ = Mixture::kOther;
+  alignas(kCacheLine) mutable T momentum_[kBlock];  // a block's that waits for its scale
 };

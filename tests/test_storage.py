@@ -1530,3 +1530,142 @@ def test_a_window_may_close_after_its_dtype_has_changed(fused):
     assert opt.state[p]["exp_avg"].dtype == torch.float32
     moved = before * (1 - 1e-5) - 1e-3 * opt.state[p]["exp_avg"].sign()
     torch.testing.assert_close(p.detach(), moved)
+
+
+# ------------------------------------------------------- state that steps and reads do not expect
+
+
+def sparse_rows(rows, shape):
+    values = torch.ones(rows.shape[1], *shape[rows.shape[0] :])
+    return torch.sparse_coo_tensor(rows, values, shape)
+
+
+@pytest.mark.parametrize("name", ["exp_avg_scale", "exp_avg_sq"])
+def test_numbers_of_fewer_rows_than_the_clock_has_are_never_written_past(fused, name):
+    shape, ids = (64, 8, 4), torch.arange(8).repeat(2, 1)
+    p = Parameter(torch.randn(shape))
+    if name == "exp_avg_scale":
+        opt = Tiger([p], lazy="decay", momentum_dtype=torch.int8, fused=fused)
+    else:
+        opt = AdamW([p], lazy="decay", second_moment="row", fused=fused)
+    for k in (8, 8, 1):
+        p.grad = sparse_rows(ids[:, :k], shape)
+        opt.step()
+    numbers = torch.ones(64 * 8)
+    opt.state[p][name] = numbers[:64]
+    with pytest.raises((RuntimeError, IndexError)):
+        opt.flush()
+    assert torch.equal(numbers[64:], torch.ones(64 * 7))
+
+
+@pytest.mark.parametrize("name", ["exp_avg_scale", "exp_avg_sq"])
+def test_numbers_of_more_rows_than_the_clock_has_all_decay(fused, name):
+    shape = (4, 3, 2)
+    p = Parameter(torch.randn(shape))
+    if name == "exp_avg_scale":
+        opt = Tiger([p], lazy="decay", momentum_dtype=torch.int8, betas=(0.5,), fused=fused)
+    else:
+        opt = AdamW([p], lazy="decay", second_moment="row", betas=(0.9, 0.5), fused=fused)
+    for k in range(3):
+        p.grad = sparse_rows(torch.tensor([[k]]), shape)
+        opt.step()
+    saved = opt.state_dict()
+    saved["state"][0][name] = torch.ones(4, 3)
+    opt.load_state_dict(saved)
+    opt.flush()
+    expected = torch.tensor([0.25, 0.5, 1.0, 0.125])[:, None].expand(4, 3)
+    torch.testing.assert_close(opt.state[p][name], expected)
+
+
+def test_a_counter_that_is_none_is_refused(fused):
+    p = parameter(6, dtype=torch.bfloat16)
+    opt = Tiger([p], accumulation_steps=2, stochastic_rounding=True, fused=fused)
+    p.grad = torch.ones_like(p)
+    opt.step()
+    opt.state[p]["step"] = torch.zeros(0, dtype=torch.int64)
+    before = p.detach().clone()
+    with pytest.raises(RuntimeError):
+        opt.close_window()
+    assert same_bits(p.detach(), before)
+
+
+def test_a_window_without_a_gradient_draws_no_bits(fused):
+    p, q = parameter(300, dtype=torch.bfloat16), parameter(10, dtype=torch.bfloat16)
+    opt = Tiger([p, q], accumulation_steps=2, stochastic_rounding=True, fused=fused)
+    for k in range(6):
+        p.grad = torch.ones_like(p) if k not in (2, 3) else None
+        q.grad = torch.ones_like(q)
+        opt.step()
+    assert int(opt.state[p]["step"]) == 6 and int(opt.state[q]["step"]) == 9
+
+
+@pytest.mark.parametrize("stored", ["int8", "float32"])
+def test_momenta_that_are_not_stored_as_the_group_says_are_converted(fused, stored):
+    p, other = parameter(6, 4), parameter(6, 4)
+    new = torch.int8 if stored == "float32" else None
+    opt = Tiger([p, other], momentum_dtype=new, betas=(0.5,), fused=fused)
+    q = torch.full((6, 4), 2, dtype=torch.int8)
+    state = {"exp_avg": torch.full((6, 4), 2.0)}
+    if stored == "int8":
+        state = {"exp_avg": q, "exp_avg_scale": torch.ones(1, 1)}
+    opt.state[p] = {**state, "step": torch.zeros((), dtype=torch.int64)}
+    p.grad, other.grad = torch.zeros(6, 4), torch.zeros(6, 4)
+    opt.step()
+    found = opt.state[p]["exp_avg"]
+    assert found.dtype == (new or torch.float32)
+    scale = opt.state[p].get("exp_avg_scale", torch.ones(()))
+    torch.testing.assert_close(found * scale.max(), torch.ones(6, 4), atol=0.02, rtol=0)
+    assert ("exp_avg_scale" in opt.state[p]) == (stored == "float32")
+
+
+def test_moments_of_rows_in_a_group_that_has_none_are_expanded(fused):
+    p = parameter(6, 4)
+    opt = AdamW([p], betas=(0.9, 0.5), fused=fused)
+    opt.state[p] = {
+        "exp_avg": torch.zeros(6, 4),
+        "exp_avg_sq": torch.arange(6.0),
+        "step": torch.zeros((), dtype=torch.int64),
+    }
+    p.grad = torch.zeros(6, 4)
+    opt.step()
+    expected = (0.5 * torch.arange(6.0))[:, None].expand(6, 4)
+    torch.testing.assert_close(opt.state[p]["exp_avg_sq"], expected)
+
+
+def test_scales_that_are_not_needed_any_more_do_no_harm(fused):
+    p = parameter(6, 4)
+    opt = AdamW([p], lazy="decay", momentum_dtype=torch.int8, fused=fused)
+    p.grad = sparse_rows(torch.tensor([[1, 3]]), (6, 4))
+    opt.step()
+    opt.param_groups[0]["betas"] = (0.0, 0.999)
+    opt.flush()
+    p.grad = sparse_rows(torch.tensor([[1, 4]]), (6, 4))
+    opt.step()
+    opt.flush()
+    assert bool(p.isfinite().all())
+
+
+def test_rows_without_elements_have_no_second_moment(fused):
+    p = Parameter(torch.zeros(5, 0))
+    opt = AdamW([p], second_moment="row", fused=fused)
+    p.grad = torch.sparse_coo_tensor(torch.tensor([[1, 3, 3]]), torch.zeros(3, 0), (5, 0))
+    opt.step()
+    assert torch.equal(opt.state[p]["exp_avg_sq"], torch.zeros(5))
+
+
+@pytest.mark.parametrize("option", ["momentum_dtype", "second_moment"])
+def test_a_momentum_converted_by_hand_counts_in_the_same_step(fused, option):
+    # Of a layout with gaps, which the kernels work on in a copy.
+    p = Parameter(torch.randn(4, 9)[:, :6].t())
+    changed = {"momentum_dtype": (torch.int8, None), "second_moment": ("row", "element")}[option]
+    cls = Tiger if option == "momentum_dtype" else AdamW
+    opt = cls([p], lr=0.1, weight_decay=0.0, **{option: changed[0]}, fused=fused)
+    p.grad = torch.ones(6, 4)
+    opt.step()
+    before = p.detach().clone()
+    opt.param_groups[0][option] = changed[1]
+    p.grad = torch.full((6, 4), 1e-3)
+    opt.step()
+    moved = (before - p.detach()) / 0.1
+    expected = 1.0 if cls is Tiger else 0.669
+    torch.testing.assert_close(moved, torch.full((6, 4), expected), atol=0.02, rtol=0)

@@ -109,6 +109,8 @@ def _catch_up_natively(
     history.place(p.device, many=group.options["capturable"])
     rule = group.rule(True)
     states = [state[moment.name] for moment in group.moments()]
+    quantised = any(each.dtype == torch.int8 for each in states)
+    scale = state.get("exp_avg_scale") if quantised else None
     rows = last_step.numel()
     chunk = rows if ids is not None else max(_FLUSH_ELEMENTS * rows // p.numel(), 1)
     for begin in range(0, rows, chunk):
@@ -125,7 +127,7 @@ def _catch_up_natively(
                 begin,
                 end,
                 until,
-                state.get("exp_avg_scale"),
+                scale,
             )
         except _native.C.UpdateError as error:
             raise _native.translated(error, lambda *_: group.name(position)) from None

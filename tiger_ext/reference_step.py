@@ -24,7 +24,7 @@ from tiger_ext.moments import (
     written_moment,
 )
 from tiger_ext.options import FLOATS, algorithm_of, direction_scale
-from tiger_ext.rounding import CATCH_UP, PARAMETER, Draws, round_to
+from tiger_ext.rounding import CATCH_UP, PARAMETER, Draws, counts_steps, round_to
 
 __all__ = ["ReferenceUpdate", "catch_up_on_reference"]
 
@@ -90,6 +90,9 @@ class ReferenceUpdate:
     def check_state(self) -> None:
         """Check that the state fits the parameter, and the gradient's values if they matter."""
         check_shapes(self.param, self.state)
+        step = self.state.get("step")
+        if step is not None and counts_steps(self.group.options) and step.numel() != 1:
+            raise RuntimeError(f"the state step has {step.numel()} elements, expected one")
         raises = self.group.options["nonfinite"] == "raise"
         if self.adds and raises and not self.param.is_meta:
             grad = self._units()[1]
@@ -111,7 +114,8 @@ class ReferenceUpdate:
         where, grad = self._units()
         p, group, options, state = self.param, self.group, self.group.options, self.state
         writes: _Writes = []
-        step = int(state["step"]) + 1 if "step" in state else 0
+        counts = counts_steps(options) and "step" in state
+        step = int(state["step"]) + 1 if counts else 0
         ages = self.adds and group.history is not None
         if ages and where is None:
             catch_up_on_reference(group, self.position, state, state["last_step"], None)
@@ -132,7 +136,7 @@ class ReferenceUpdate:
                 return writes
             where = _select(where, finite)
             grad, decays = grad[finite], decays[finite]
-        if "step" in state:
+        if counts:
             writes.append(partial(state["step"].fill_, step))
         if group.window and self.adds:
             number = torch.full_like(decays, group.window, dtype=torch.int32)

@@ -18,6 +18,7 @@
 #include <optional>
 #include <set>
 #include <string>
+#include <string_view>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -160,6 +161,14 @@ bool has_rows(const Update& u, const at::Tensor& t, int64_t row_dims) {
                             t.sizes() == u.param.sizes().slice(0, row_dims);
 }
 
+// Whether what has a number a row has those of the clock.
+bool fits_clock(const Update& u) {
+  const int64_t dims = u.last_step.dim();
+  if (u.row_moment.defined() && u.row_moment.dim() != dims) return false;
+  if (!u.scale.defined()) return true;
+  return has_row_scales(u) ? u.scale.dim() == dims : dims == 0;
+}
+
 // Brings rows of the table at `position` of its group up to date: those of `ids`, or [begin, end).
 // Up to the present step, or `until` an earlier one. Returns false if there is no kernel for the
 // parameter: those of a device know the present step only.
@@ -184,7 +193,8 @@ bool catch_up(const at::Tensor& param, const std::vector<at::Tensor>& states,
   if (states.size() != count)
     throw py::value_error("catch_up: expected " + std::to_string(count) + " states");
   if (names.row_state_name) u.row_moment = states.back();
-  if (scale) u.scale = *scale;
+  if (scale && names.states > 0) u.scale = *scale;
+  if (!fits_clock(u)) return false;
   history.use(u.rule, param.device());
   if (until) GroupHistory::use_until(u.rule, *until);
   for (int k = 0; k < names.states; ++k) u.states[k] = states[k];
@@ -289,6 +299,12 @@ class Step {
         complete = read(own, form.keys[k], u.states[k]);
       u.row_moment.reset();
       u.scale.reset();
+      u.step.reset();
+      // Stored as an option wants it that has been changed since.
+      for (int k = 0; k < form.states && complete; ++k)
+        complete = u.states[k].dim() == u.param.dim();
+      if (complete && form.has_momentum)
+        complete = (u.states[0].scalar_type() == at::kChar) == rule.quantises;
       if (form.row_key && complete) complete = read(own, form.row_key, u.row_moment);
       if (complete && form.states > 0 && u.states[0].scalar_type() == at::kChar)
         complete = read(own, scale_key, u.scale);
@@ -305,7 +321,7 @@ class Step {
         complete = sparse ? u.window.dim() == u.grad.sparse_dim()
                    : by_rows || (rule.scale == Scale::kRows && u.param.dim() > 0)
                        ? u.window.dim() == 1
-                       : true;
+                       : !has_row_scales(u) || u.window.dim() == u.scale.dim();
       if (lazy && complete && rule.adds) {
         const int64_t dims = u.last_step.dim();
         complete = sparse                                     ? dims == u.grad.sparse_dim()
@@ -478,6 +494,7 @@ class Step {
     Form(const RuleParams& group, bool flat) : rule(flat ? without_rows(group) : group) {
       const RuleInfo& info = rule_info(rule.kind);
       states = info.states;
+      has_momentum = states > 0 && std::string_view(info.state_names[0]) == "exp_avg";
       counts_steps = info.counts_steps;
       for (int k = 0; k < states; ++k) keys[k] = interned(info.state_names[k]);
       if (info.row_state_name) row_key = interned(info.row_state_name);
@@ -485,6 +502,7 @@ class Step {
 
     RuleParams rule;
     int states = 0;
+    bool has_momentum = false;  // which may be in int8
     bool counts_steps = false;
     PyObject* keys[kMaxStates] = {};
     PyObject* row_key = nullptr;

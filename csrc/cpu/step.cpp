@@ -89,7 +89,8 @@ class CpuStep final : public DeviceStep {
     for (DenseItem& item : builder_.dense())
       if (!item.rule.params->adds && *item.rule.window != item.rule.params->window) {
         item.numel = 0;
-        item.rule.last_step = nullptr;
+        item.rule.step = nullptr;
+        item.rule.window = item.rule.last_step = nullptr;
       }
     dense_road_.run();
     direct_road_.run();

@@ -95,7 +95,7 @@ inline void check_row_state(const Update& u, const at::Tensor& t, const char* na
 // Where the update goes by rows, each of them has a number in the state.
 inline void check_rows_of_state(const Update& u, const at::Tensor& t, const char* name,
                                 int64_t row_dims) {
-  if (t.defined() && t.dim() != row_dims)
+  if (t.defined() && t.sizes() != u.param.sizes().slice(0, row_dims))
     refuse(u, "the state ", name, " has shape ", t.sizes(), ", expected one number a row, ",
            u.param.sizes().slice(0, row_dims));
 }
@@ -147,10 +147,11 @@ inline void check_states(const Update& u) {
              param.device(), " of the parameter's first dimensions, one number a row");
   }
   const bool steps = u.grad.defined() || u.indices.defined();
-  if ((rule.counts_steps || u.rule.counts_roundings()) && steps &&
-      !(u.step.defined() && u.step.scalar_type() == at::kLong && u.step.numel() == 1 &&
-        u.step.device() == param.device() && u.step.layout() == at::kStrided && is_plain(u.step) &&
-        holds_its_elements(u.step)))
+  const bool counts = rule.counts_steps || u.rule.counts_roundings() || u.scale.defined();
+  if (u.step.defined() ? !(u.step.scalar_type() == at::kLong && u.step.numel() == 1 &&
+                           u.step.device() == param.device() && u.step.layout() == at::kStrided &&
+                           is_plain(u.step) && holds_its_elements(u.step))
+                       : counts && steps)
     refuse(u, "the state step must be one int64 element on ", param.device());
 
   check_row_state(u, u.window, "window");
@@ -223,6 +224,9 @@ inline void check_update(const Update& u) {
 inline void check_table(const Update& u, const at::Tensor& ids, int64_t begin, int64_t end) {
   check_states(u);
   if (!u.last_step.defined()) refuse(u, "the parameter has no state last_step");
+  const int64_t dims = u.last_step.dim();
+  check_rows_of_state(u, u.row_moment, "exp_avg_sq", dims);
+  if (dims > 0 || has_row_scales(u)) check_rows_of_state(u, u.scale, "exp_avg_scale", dims);
   if (!ids.defined() && !(0 <= begin && begin <= end && end <= u.last_step.numel()))
     refuse(u, "rows ", begin, " to ", end, " are out of range for ", u.last_step.numel(), " rows");
 }

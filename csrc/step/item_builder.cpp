@@ -69,7 +69,7 @@ Stream ItemBuilder::writable(const Update& u, const at::Tensor& t, const at::Ten
   const at::Tensor copy = at::empty_strided(t.sizes(), order.strides(), t.options());
   copy.copy_(t);
   copy_back_.emplace_back(t, copy);
-  if (!u.rule.adds || u.last_step.defined()) late_copies_.emplace_back(t, copy);
+  late_copies_.emplace_back(t, copy);
   return {copy.mutable_data_ptr(), storage};
 }
 

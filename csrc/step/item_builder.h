@@ -25,8 +25,9 @@ class ItemBuilder {
   // A table whose rows are only to catch up: a direct item without values.
   void add_table(const Update& u);
 
-  // Before the items are updated: what closes an accumulation window follows another update, and a
-  // strided gradient may follow the catch-up of rows that lag behind.
+  // Before the items are updated: what closes an accumulation window follows another update, a
+  // strided gradient may follow the catch-up of rows that lag behind, and state may have been
+  // filled since that an option or other rows store anew.
   void start() const;
 
   // After the items were updated: writes copies back to tensors whose memory could not be updated

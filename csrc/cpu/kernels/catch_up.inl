@@ -31,24 +31,27 @@ struct CatchUpOfRule {
         behind[count] = row;  // kept if it is, without a branch
         count += current_up_to(__atomic_load_n(last_step + row, __ATOMIC_RELAXED)) < current;
       }
-      for (int64_t k = 0; k < count && k < kRowsAhead; ++k) fetch<kInPlace>(item, behind[k]);
+      for (int64_t k = 0; k < count && k < kRowsAhead; ++k) fetch(item, behind[k]);
       for (int64_t k = 0; k < count; ++k) {
-        if (k + kRowsAhead < count) fetch<kInPlace>(item, behind[k + kRowsAhead]);
+        if (k + kRowsAhead < count) fetch(item, behind[k + kRowsAhead]);
         written += update.catch_up(behind[k]);
       }
     }
     return written;
   }
 
-  template <bool kInPlace>
   static TIGER_EXT_INLINE void fetch(const RowsItem& item, int64_t row) {
-    if constexpr (kInPlace) {
-      const int64_t bytes = item.dim * static_cast<int64_t>(sizeof(T));
-      const int64_t reach = bytes < 1024 ? bytes : 1024;
-      prefetch_bytes(static_cast<const T*>(item.param.data) + item.param_layout.offset(row), reach);
-      for (int k = 0; k < Rule::kStates; ++k)
-        prefetch_bytes(
-            static_cast<const T*>(item.states[k].data) + item.state_layouts[k].offset(row), reach);
-    }
+    fetch(item.param, item.param_layout, item.dim, row);
+    for (int k = 0; k < Rule::kStates; ++k)
+      fetch(item.states[k], item.state_layouts[k], item.dim, row);
+    if (item.scales && !item.block_scales) __builtin_prefetch(item.scales + row, 1, 2);
+    if (item.row_moment) __builtin_prefetch(static_cast<const T*>(item.row_moment) + row, 1, 2);
+  }
+  static TIGER_EXT_INLINE void fetch(const Stream& s, const RowLayout& layout, int64_t dim,
+                                     int64_t row) {
+    if (layout.inner) return;
+    const int64_t size = storage_size(s.storage), bytes = dim * size;
+    prefetch_bytes(static_cast<const char*>(s.data) + layout.offset(row) * size,
+                   bytes < 1024 ? bytes : 1024);
   }
 };

@@ -197,7 +197,7 @@ TIGER_EXT_INLINE void round_lanes(const FloatLanes& x, const BitLanes& random, B
   const auto small = magnitude < 0x38800000u;
   const FloatLanes units =
       size * 0x1p24f + (__builtin_convertvector(whole, FloatLanes) + 0.5f) * 0x1p-13f;
-  const IntLanes subnormal = __builtin_convertvector(small ? units : units - units, IntLanes);
+  const IntLanes subnormal = __builtin_convertvector(small ? units : FloatLanes{}, IntLanes);
   BitLanes fine;
   copy_lanes(subnormal, fine);
   half = sign | (magnitude > 0x7F800000u ? infinite | 0x0200u : small ? fine : normal);

@@ -121,7 +121,7 @@ template <typename T>
 __attribute__((noinline)) void load_scaled(const Stream& s, int64_t offset, const int64_t* index,
                                            int64_t n, float scale, T* out) {
   load(s, offset, index, n, out);
-  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(static_cast<float>(out[i]) * scale);
+  for (int64_t i = 0; i < n; ++i) out[i] *= static_cast<T>(scale);
 }
 
 template <typename T, typename Rule>

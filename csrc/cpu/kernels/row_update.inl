@@ -157,7 +157,7 @@ class RowUpdate {
       const int64_t n = item_.dim - c < kBlock ? item_.dim - c : kBlock;
       total += sum_of_squares(grad_of(c, n), rule.grad_factor, n);
     }
-    return total / static_cast<double>(item_.dim);
+    return total / static_cast<double>(item_.dim > 0 ? item_.dim : 1);
   }
 
   bool rounds() const { return item_.scales || item_.rule.rounding.param; }
@@ -199,7 +199,7 @@ class RowUpdate {
                                                 const GradOf& grad_of) const {
     constexpr bool kOnlyCatchesUp = requires { AnyRule::kOnlyCatchesUp; };
     const Rounding& rounding = item_.rule.rounding;
-    const float scale = item_.scales ? item_.scales[row] : 0.0f;
+    const float scale = item_.scales && !item_.block_scales ? item_.scales[row] : 0.0f;
     const bool quantises = item_.scales && !kOnlyCatchesUp && params_.adds;
     uint32_t largest = 0;
     for (int64_t c = 0; quantises && item_.dim > kBlock && c < item_.dim; c += kBlock) {

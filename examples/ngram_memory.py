@@ -34,7 +34,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +178,7 @@ class Model(nn.Module):
     def __init__(self, setting: Setting, vocabulary: int, table: Tensor | None) -> None:
         """See the class."""
         super().__init__()
-        self.classes, self.context = setting.classes, setting.context
+        self.classes = setting.classes
         self.tokens = nn.Embedding(setting.classes, WIDTH)
         self.positions = nn.Parameter(torch.randn(setting.context, WIDTH) * 0.02)
         nn.init.normal_(self.tokens.weight, std=0.1)
@@ -198,14 +198,18 @@ class Model(nn.Module):
         unused = "projection" if self.memory is None else "memory"
         return [p for name, p in self.named_parameters() if not name.startswith(unused)]
 
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return the logits ``[batch, context, classes]`` after ``[batch, REACH + context]``."""
+        known = tokens[:, REACH:].clamp(max=self.classes - 1)  # ids are ranks of frequency
+        hidden = self.tokens(known) + self.positions
+        if self.memory is not None:
+            hidden = hidden + self.projection(self.memory(tokens))
+        return self.head(self.body(hidden, mask=self.causal, is_causal=True))
+
     def loss(self, windows: Tensor) -> Tensor:
         """Return the mean cross-entropy, in nats per token, of ``[batch, REACH + context + 1]``."""
-        known = windows.clamp(max=self.classes - 1)  # ids are ranks of frequency
-        hidden = self.tokens(known[:, REACH:-1]) + self.positions
-        if self.memory is not None:
-            hidden = hidden + self.projection(self.memory(windows[:, :-1]))
-        logits = self.head(self.body(hidden, mask=self.causal, is_causal=True))
-        return F.cross_entropy(logits.flatten(0, 1), known[:, REACH + 1 :].flatten())
+        targets = windows[:, REACH + 1 :].clamp(max=self.classes - 1)
+        return F.cross_entropy(self(windows[:, :-1]).flatten(0, 1), targets.flatten())
 
 
 def make_optimizer(model: Model, setting: Setting) -> tiger_ext.Tiger:
@@ -506,7 +510,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the table")
     add("--state", choices=STATES, default="int8", help="of the table (default %(default)s)")
     add("--rounding", choices=("stochastic", "nearest"), default="stochastic", help="of the table")
-    add("--steps", type=positive, default=600, help="of all workers (default %(default)s)")
+    add("--steps", type=positive, default=400, help="of all workers (default %(default)s)")
     add("--batch", type=positive, default=16, help="windows a step (default %(default)s)")
     add("--context", type=positive, default=64, help="positions a window (default %(default)s)")
     add("--dim", type=positive, default=16, help="numbers a row (default %(default)s)")
@@ -536,12 +540,16 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
+def base_setting(options: argparse.Namespace) -> Setting:
+    """Return the run that ``options`` ask for, but for the rows and the workers."""
+    given = {f.name: getattr(options, f.name) for f in fields(Setting)}
+    return Setting(**{**given, "rows": 0, "workers": 1})
+
+
 def main() -> None:
     """Run the sweep or the comparison."""
     options = parse_arguments()
-    of_run = ("dtype", "state", "rounding", "steps", "batch", "context", "dim", "classes", "lr")
-    of_run += ("test_windows", "split", "seed", "files", "cache")
-    base = Setting(rows=0, workers=1, **{name: getattr(options, name) for name in of_run})
+    base = base_setting(options)
     begin = time.perf_counter()
     result = compare(base, options) if options.compare else sweep(base, options)
     result = {"torch": torch.__version__, "seconds": time.perf_counter() - begin, **result}

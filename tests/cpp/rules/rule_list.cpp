@@ -54,6 +54,12 @@ void check_infos() {
   const RuleInfo& rmsprop = rule_info(kKindOf<AdamWWithoutMoment1<float>>);
   CHECK(rmsprop.states == 1 && std::string_view(rmsprop.state_names[0]) == "exp_avg_sq");
   CHECK(rmsprop.general == kKindOf<AdamWWithoutMoment1<float>>);
+  const RuleInfo& by_row = rule_info(kKindOf<AdamWByRow<float>>);
+  CHECK(by_row.states == 1 && std::string_view(by_row.state_names[0]) == "exp_avg");
+  CHECK(std::string_view(by_row.row_state_name) == "exp_avg_sq" && by_row.counts_steps);
+  CHECK(adamw.row_state_name == nullptr && rmsprop.row_state_name == nullptr);
+  const RuleInfo& row_only = rule_info(kKindOf<AdamWByRowWithoutMoment1<float>>);
+  CHECK(row_only.states == 0 && std::string_view(row_only.row_state_name) == "exp_avg_sq");
   const RuleInfo& sign = rule_info(kKindOf<SignMomentum<float>>);
   CHECK(sign.states == 1 && !sign.counts_steps && !sign.directed);
   CHECK(sign.general == kKindOf<Momentum<float>>);
@@ -63,9 +69,11 @@ void check_infos() {
 
 void check_for_each() {
   int kinds = 0;
-  for_each_stateful_rule<float>(
+  for_each_elementwise_rule<float>(
       [&]<typename T, typename Rule>() { kinds |= 1 << int(kKindOf<Rule>); });
-  CHECK(kinds == ((1 << kRuleCount) - 1 - (1 << int(kKindOf<Shrink<float>>))));
+  const int others = 1 << int(kKindOf<Shrink<float>>) | 1 << int(kKindOf<AdamWByRow<float>>) |
+                     1 << int(kKindOf<AdamWByRowWithoutMoment1<float>>);
+  CHECK(kinds == ((1 << kRuleCount) - 1 - others));
 }
 
 }  // namespace
@@ -75,7 +83,9 @@ int main() {
   check_kind<Momentum>(1);
   check_kind<AdamW>(2);
   check_kind<AdamWWithoutMoment1>(3);
-  check_kind<Shrink>(4);
+  check_kind<AdamWByRow>(4);
+  check_kind<AdamWByRowWithoutMoment1>(5);
+  check_kind<Shrink>(6);
   check_kind_for();
   check_infos();
   check_for_each();

@@ -22,7 +22,8 @@ steps of all workers together are ``--steps``, so all runs see as many tokens.
 Each run is made in a process of its own, a thread a worker, and its memory is that process's (of
 several workers the sum of their shares). The learning rates are the best of three or four trials
 each, a factor of two or three apart, on the validation files, which are neither trained on nor held
-out; a search like that of examples/next_token.py has not been made.
+out (AdamW by element takes that of AdamW by row); a search like that of examples/next_token.py has
+not been made.
 """
 
 from __future__ import annotations

@@ -86,14 +86,15 @@ def machines() -> list[Machine]:
 
 
 def claims() -> list[tuple[str, dict]]:
-    """Return script and bar of every claim that something was promised for."""
-    newest = machines()[0]
-    return [
-        (name, bar)
-        for name in SCRIPTS
-        for bar in newest.results[name]["bars"]
-        if bar["bar"] is not None
-    ]
+    """Return script and bar of every claim that something was promised for.
+
+    Of each script those of the first machine that has run it.
+    """
+    found = []
+    for name in SCRIPTS:
+        results = [machine.results[name] for machine in machines() if name in machine.results]
+        found += [(name, bar) for bar in results[0]["bars"] if bar["bar"] is not None]
+    return found
 
 
 def full_table() -> str:

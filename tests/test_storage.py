@@ -17,6 +17,7 @@ from oracle import same_bits
 from torch.nn import Parameter
 
 from tiger_ext import AdamW, Lion, Tiger, health_report
+from tiger_ext.checkpoint import apply_changes, position, save_changes
 from tiger_ext.group_step import lacks_kernels
 
 
@@ -1669,3 +1670,46 @@ def test_a_momentum_converted_by_hand_counts_in_the_same_step(fused, option):
     moved = (before - p.detach()) / 0.1
     expected = 1.0 if cls is Tiger else 0.669
     torch.testing.assert_close(moved, torch.full((6, 4), expected), atol=0.02, rtol=0)
+
+
+SMALL_STATE = {
+    "int8": (Tiger, dict(momentum_dtype=torch.int8), torch.float32),
+    "int8, rounded": (
+        Tiger,
+        dict(momentum_dtype=torch.int8, stochastic_rounding=True),
+        torch.bfloat16,
+    ),
+    "row": (AdamW, dict(second_moment="row"), torch.float32),
+    "row only": (AdamW, dict(second_moment="row", betas=(0.0, 0.99)), torch.float32),
+}
+
+
+@pytest.mark.parametrize("case", SMALL_STATE)
+def test_state_in_few_bytes_is_restored_bit_by_bit(tmp_path, case):
+    cls, options, dtype = SMALL_STATE[case]
+    generator = torch.Generator().manual_seed(1)
+    ids = [torch.randint(40, (1, 3), generator=generator) for _ in range(13)]
+    values = [torch.randn(3, 8, generator=generator).to(dtype) for _ in range(13)]
+
+    def train(p, optimizer, steps):
+        for k in steps:
+            p.grad = torch.sparse_coo_tensor(ids[k], values[k], (40, 8))
+            optimizer.step()
+
+    p = Parameter(torch.randn(40, 8).to(dtype))
+    optimizer = cls([p], lazy="decay", **options)
+    train(p, optimizer, range(5))
+    full, q = copy.deepcopy(optimizer.state_dict()), Parameter(p.detach().clone())
+    since = position(optimizer)
+    train(p, optimizer, range(5, 9))
+    save_changes(optimizer, tmp_path / "delta", since)
+    restored = cls([q], lazy="decay", **options)
+    restored.load_state_dict(full)
+    apply_changes(restored, tmp_path / "delta")
+    for each, own in ((p, optimizer), (q, restored)):
+        train(each, own, range(9, 13))
+        own.flush()
+    assert torch.equal(p, q)
+    assert optimizer.state[p].keys() == restored.state[q].keys()
+    for name, value in optimizer.state[p].items():
+        assert torch.equal(value, restored.state[q][name]), name

@@ -181,7 +181,8 @@ bool catch_up(const at::Tensor& param, const std::vector<at::Tensor>& states,
       scale || (rule.row_moment && param.dim() >= 2) || (rule.rounds && is_half(param));
   if (!function || !history.has(param.device()) || !is_plain(param) ||
       param.layout() != at::kStrided || !is_storage_type(param.scalar_type()) ||
-      (compact && !param.is_cpu()) || (until && history_copy_factory(param.device().type())))
+      (compact && history_copy_factory(param.device().type())) ||
+      (until && history_copy_factory(param.device().type())))
     return false;
   Update u;
   u.param = param;

@@ -196,6 +196,14 @@ def test_parameters_without_rows_keep_a_second_moment_of_each_element(fused, sha
         assert opt.state[p]["exp_avg_sq"].shape == shape
 
 
+def set_bad_grad(p, layout, value):
+    """Give ``p`` a gradient whose row 1 is not finite; return it as a strided one."""
+    bad = dense_grad(p)
+    bad[1, 2] = value
+    p.grad = bad if layout == "strided" else bad.to_sparse(1)
+    return bad
+
+
 @pytest.mark.parametrize("nonfinite", ["propagate", "skip", "shrink", "raise"])
 @pytest.mark.parametrize("layout", ["sparse", "strided"])
 def test_nonfinite_rows_of_a_row_wise_second_moment(fused, nonfinite, layout):
@@ -207,10 +215,8 @@ def test_nonfinite_rows_of_a_row_wise_second_moment(fused, nonfinite, layout):
     p.grad = dense_grad(p)
     model.step(rows_of(p.grad))
     opt.step()
-    bad = dense_grad(p)
-    bad[1, 2] = math.inf
+    bad = set_bad_grad(p, layout, math.inf)
     good = {row: g for row, g in rows_of(bad).items() if row != 1}
-    p.grad = bad if layout == "strided" else bad.to_sparse(1)
     before = copy.deepcopy(opt)
     if nonfinite == "raise":
         with pytest.raises(FloatingPointError):
@@ -1192,9 +1198,7 @@ def test_nonfinite_rows_of_an_int8_momentum(fused, nonfinite, layout):
     opt = Tiger([p], rows="nonzero", **options)
     p.grad = dense_grad(p)
     opt.step()
-    bad = dense_grad(p)
-    bad[1, 2] = math.nan
-    p.grad = bad if layout == "strided" else bad.to_sparse(1)
+    set_bad_grad(p, layout, math.nan)
     before = copy.deepcopy(opt)
     (old,) = before.param_groups[0]["params"]
     if nonfinite == "raise":
@@ -1670,6 +1674,22 @@ def test_a_momentum_converted_by_hand_counts_in_the_same_step(fused, option):
     moved = (before - p.detach()) / 0.1
     expected = 1.0 if cls is Tiger else 0.669
     torch.testing.assert_close(moved, torch.full((6, 4), expected), atol=0.02, rtol=0)
+
+
+def test_a_relative_rate_sees_the_momentum_that_was_converted_by_hand():
+    outcomes = []
+    for fused in (None, False):
+        torch.manual_seed(0)
+        p = parameter(600)
+        options = dict(direction="clip", direction_scale=0.5, scale="rms", fused=fused)
+        opt = Lion([p], lr=1e-2, momentum_dtype=torch.int8, **options)
+        for step in range(4):
+            if step == 2:
+                opt.param_groups[0]["momentum_dtype"] = None
+            p.grad = torch.randn(600) + 2
+            opt.step()
+        outcomes.append(p.detach())
+    torch.testing.assert_close(*outcomes)
 
 
 SMALL_STATE = {

@@ -30,14 +30,14 @@ int64_t DenseRoad::prepare(std::vector<DenseItem>& items) {
     looks_.push_back({&item, rule, facts_.size()});
     facts_.resize(facts_.size() + (item.numel + kElementsPerTask - 1) / kElementsPerTask);
   }
-  for (Look& l : looks_) {
-    if (!l.rule.adds) continue;  // in `run`: the momentum is not there yet
+  // The others look in `run`: what they look at may not be there yet, as the momentum of a window
+  // that closes, or of a state that is stored anew.
+  for (const Look& l : looks_) {
+    if (l.rule.nonfinite != Nonfinite::kRaise || !l.rule.adds) continue;
     look(l);
-    if (l.rule.nonfinite == Nonfinite::kRaise)
-      for (size_t k = l.first_chunk;
-           k < l.first_chunk + (l.item->numel + kElementsPerTask - 1) / kElementsPerTask; ++k)
-        if (!facts_[k].finite) return l.item - items.data();
-    decide(l);
+    for (size_t k = l.first_chunk;
+         k < l.first_chunk + (l.item->numel + kElementsPerTask - 1) / kElementsPerTask; ++k)
+      if (!facts_[k].finite) return l.item - items.data();
   }
   return -1;
 }
@@ -67,7 +67,7 @@ void DenseRoad::decide(Look& l) const {
 void DenseRoad::run() {
   const CpuKernels& kernels = cpu_kernels();
   for (Look& l : looks_)
-    if (!l.rule.adds && l.item->numel > 0) {
+    if (l.rule.looks() && l.item->numel > 0) {
       look(l);
       decide(l);
     }

@@ -63,3 +63,20 @@ def run_python():
         return result
 
     return run
+
+
+@pytest.fixture(params=["baseline", "avx2", "avx512"])
+def on_each_instruction_set(request, run_python):
+    """Run a program as `run_python` does, with each set of kernels that this processor can run.
+
+    Which sets there are is the processor's: on one without AVX-512 its kernels cannot be run.
+    """
+
+    def run(program: str) -> tuple[str, str]:
+        result = run_python(program, check=False, TIGER_EXT_CPU_ISA=request.param)
+        if request.param != "baseline" and "is not available here" in result.stderr:
+            pytest.skip(f"this processor has no {request.param}")
+        assert result.returncode == 0, result.stderr
+        return request.param, result.stdout
+
+    return run

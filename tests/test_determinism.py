@@ -37,13 +37,9 @@ def test_numbers_of_threads(one_thread, threads):
     assert outcome() == one_thread
 
 
-@pytest.mark.parametrize("isa", ISAS)
-def test_instruction_sets(one_thread, run_python, isa):
-    result = run_python(OUTCOME, check=False, TIGER_EXT_CPU_ISA=isa)
-    if isa != "baseline" and "is not available here" in result.stderr:
-        pytest.skip(f"this processor has no {isa}")
-    assert result.returncode == 0, result.stderr
-    name, digests = result.stdout.splitlines()
+def test_instruction_sets(one_thread, on_each_instruction_set):
+    isa, printed = on_each_instruction_set(OUTCOME)
+    name, digests = printed.splitlines()
     assert name == isa
     assert json.loads(digests) == one_thread
 

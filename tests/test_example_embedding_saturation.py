@@ -2,32 +2,14 @@
 """examples/embedding_saturation.py shows the predicted drift, and remedies that stop it."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from example_scripts import run_script
 
-import tiger_ext
-
-ROOT = Path(__file__).parents[1]
-SCRIPT = ROOT / "examples" / "embedding_saturation.py"
-PACKAGE = Path(tiger_ext.__file__).resolve().parents[1]  # the one under test
 ARMS = ["tiger", "lion", "lazy", "decay", "exact", "nonzero"]
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
-
-
-def run_script(*arguments: str, path: Path = PACKAGE) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), "--quick", *arguments],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(path), str(PACKAGE)])},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +20,8 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def study(folder):
     done = run_script(
+        "embedding_saturation.py",
+        "--quick",
         *("--arms", ",".join(ARMS), "--cache", str(folder)),
         *("--plot", str(folder / "study.png"), "--json", str(folder / "study.json")),
     )
@@ -122,6 +106,8 @@ def test_picture_is_a_png(study, folder):
 
 def test_tied_arms_run(folder):
     done = run_script(
+        "embedding_saturation.py",
+        "--quick",
         *("--arms", "tied,tied-plain", "--steps", "4", "--tune-steps", "2", "--checkpoints", "2"),
         *("--cache", str(folder), "--plot", str(folder / "tied.png")),
         *("--json", str(folder / "tied.json")),
@@ -131,7 +117,7 @@ def test_tied_arms_run(folder):
 
 
 def test_unknown_arm_is_named():
-    done = run_script("--arms", "tiger,sgd")
+    done = run_script("embedding_saturation.py", "--quick", "--arms", "tiger,sgd")
     assert done.returncode == 2
     assert "unknown arms ['sgd']" in done.stderr
 
@@ -141,7 +127,7 @@ def test_missing_package_is_one_sentence(name, tmp_path):
     (tmp_path / f"{name}.py").write_text(
         f"raise ModuleNotFoundError(\"No module named '{name}'\", name='{name}')\n"
     )
-    done = run_script(path=tmp_path)
+    done = run_script("embedding_saturation.py", "--quick", path=tmp_path)
     assert done.returncode == 1
     assert done.stderr.strip().splitlines() == [
         f"The study needs {name}: pip install 'tiger_ext[bench]'"

@@ -3,35 +3,16 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from example_scripts import ROOT, run_script
 
-import tiger_ext
-
-ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "examples" / "next_token.py"
 NAMES = ["Tiger", "tiger_ext AdamW", "torch SparseAdam + AdamW"]
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
-
-
-PACKAGE = Path(tiger_ext.__file__).resolve().parents[1]  # the one under test
-
-
-def run_script(*arguments: str, path: Path = PACKAGE) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), *arguments],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(path), str(PACKAGE)])},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +24,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def smoke(folder):
     done = run_script(
+        "next_token.py",
         "--smoke",
         *("--threads", "1", "--cache", str(folder)),
         *("--plot", str(folder / "curves.png"), "--json", str(folder / "result.json")),
@@ -185,6 +167,7 @@ def test_picture_is_a_png(smoke, folder):
 def test_tune_writes_every_trial(folder, smoke):
     path = folder / "sweep.json"
     done = run_script(
+        "next_token.py",
         *("--smoke", "--tune", "--tune-trials", "2", "--threads", "1"),
         *("--cache", str(folder), "--tune-json", str(path)),
     )
@@ -235,7 +218,7 @@ def test_missing_package_is_one_sentence(name, tmp_path):
     (tmp_path / f"{name}.py").write_text(
         f"raise ModuleNotFoundError(\"No module named '{name}'\", name='{name}')\n"
     )
-    done = run_script("--smoke", path=tmp_path)
+    done = run_script("next_token.py", "--smoke", path=tmp_path)
     assert done.returncode == 1
     assert done.stderr.strip().splitlines() == [
         f"The demo needs {name}: pip install 'tiger_ext[demo]'"

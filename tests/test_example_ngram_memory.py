@@ -3,34 +3,18 @@
 
 import json
 import math
-import os
-import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from example_scripts import ROOT, run_script
 
-import tiger_ext
-
-ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "examples" / "ngram_memory.py"
-PACKAGE = Path(tiger_ext.__file__).resolve().parents[1]  # the one under test
 RESULTS = ROOT / "benchmarks" / "results"
 GUIDE = (ROOT / "docs" / "large_tables.md").read_text()
 
 pytest.importorskip("tqdm")
-
-
-def run_script(*arguments: str, path: Path = PACKAGE) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), "--smoke", *arguments],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(path), str(PACKAGE)])},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +118,8 @@ def test_bytes_are_those_of_table_and_state(example, setting, dtype, state, expe
 def test_two_workers_train_what_the_parent_evaluates(folder):
     path = folder / "result.json"
     done = run_script(
+        "ngram_memory.py",
+        "--smoke",
         *("--rows", "4e3", "--workers", "2", "--steps", "60", "--files", "20"),
         *("--cache", str(folder), "--json", str(path)),
     )
@@ -175,7 +161,7 @@ def test_missing_package_is_one_sentence(tmp_path):
     (tmp_path / "tqdm.py").write_text(
         "raise ModuleNotFoundError(\"No module named 'tqdm'\", name='tqdm')\n"
     )
-    done = run_script(path=tmp_path)
+    done = run_script("ngram_memory.py", "--smoke", path=tmp_path)
     assert done.returncode == 1
     assert done.stderr.strip() == "The demo needs tqdm: pip install 'tiger_ext[demo]'"
 

@@ -18,7 +18,6 @@ RULES = {
 # (parameter and gradient, momentum): True for half precision.
 MIXTURES = ((True, True), (True, False), (False, True))
 DIMS = (1, 15, 16, 17, 40)
-ISAS = ("baseline", "avx2", "avx512")
 
 
 def numbers(shape, dtype, seed, *, wild=False):
@@ -81,13 +80,10 @@ def test_each_step_is_that_of_float32_rounded_once(half):
     check_all(half)
 
 
-@pytest.mark.parametrize("isa", ISAS)
-def test_each_instruction_set_rounds_alike(run_python, isa):
-    program = "from test_half_precision import *; [check_all(half) for half in HALVES]"
-    result = run_python(program, check=False, TIGER_EXT_CPU_ISA=isa)
-    if isa != "baseline" and "is not available here" in result.stderr:
-        pytest.skip(f"this processor has no {isa}")
-    assert result.returncode == 0, result.stderr
+def test_each_instruction_set_rounds_alike(on_each_instruction_set):
+    on_each_instruction_set(
+        "from test_half_precision import *; [check_all(half) for half in HALVES]"
+    )
 
 
 @pytest.mark.parametrize("half", HALVES, ids=str)

@@ -433,11 +433,13 @@ def test_a_table_in_use_moves_to_huge_pages_after_its_first_step():
 
 @with_huge_pages
 def test_a_table_in_shared_memory_moves_to_huge_pages():
-    p = Parameter(empty_table(700_001, 16, shared=True).fill_(1.0))
+    # Where a mapping begins is the system's choice; that it suits huge pages is a good guess.
+    tables = [empty_table(700_001, 16, shared=True) for _ in range(8)]
+    suited = [table for table in tables if table.data_ptr() % (2 * MIB) == 0]
+    assert len(suited) >= 4
+    p = Parameter(suited[0].fill_(1.0))
     p.grad = sparse(p, [1, 5])
     Tiger([p]).step()
-    if p.data_ptr() % (2 * MIB):
-        pytest.skip("the system has mapped it where no huge page begins")
     assert wait_until(lambda: is_huge(p))
 
 

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a step costs on a table of 1e8 rows: against one of 1e6, in memory and in a mapped file.
 
-Tiger on bfloat16 tables of `tiger_ext.empty_table`, the same number of entries a step. Measured are
-the memory that a table and its state take, the first steps, the longest step while both move to
-huge pages, and then the steps of both sizes in turn. A file is read with a cold page cache too,
-once.
+bfloat16 tables of `tiger_ext.empty_table`, the same number of entries a step; Tiger with a momentum
+in bfloat16, or in int8 with stochastic rounding, or RMSprop with one number a row (`--state`).
+Measured are the memory that a table and its state take, the first steps, the longest step while
+both move to huge pages, and then the steps of both sizes in turn. A file is read with a cold page
+cache too, once.
 """
 
 from __future__ import annotations
@@ -28,10 +29,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from pages import huge_bytes
 
-from tiger_ext import Tiger, empty_table
+from tiger_ext import AdamW, Tiger, empty_table
 from tiger_ext.huge_pages import is_large
 
 _ROTATIONS = 8
+
+# name -> (class, options)
+STATES: dict[str, tuple[type, dict[str, Any]]] = {
+    "bfloat16": (Tiger, {}),
+    "int8": (Tiger, {"momentum_dtype": torch.int8, "stochastic_rounding": True}),
+    "row": (AdamW, {"betas": (0.0, 0.99), "second_moment": "row"}),
+}
 
 
 class Table:
@@ -42,7 +50,8 @@ class Table:
         before = resident()["anonymous"]
         self.rows, self.dim, self.path = rows, args.dim, path
         self.parameter = Parameter(empty_table(rows, args.dim, torch.bfloat16, path=path))
-        self.optimizer = Tiger([self.parameter], lr=1e-4)
+        cls, options = STATES[args.state]
+        self.optimizer = cls([self.parameter], lr=1e-4, **options)
         self.optimizer.init_state()
         self.bytes_after_init = resident()["anonymous"] - before
         generator = torch.Generator().manual_seed(rows)
@@ -54,10 +63,20 @@ class Table:
         return torch.sparse_coo_tensor(ids[None], values, self.parameter.shape)
 
     @property
-    def momentum(self) -> Tensor:
-        """Return the state."""
-        state: Tensor = self.optimizer.state[self.parameter]["exp_avg"]
-        return state
+    def state(self) -> dict[str, Tensor]:
+        """Return the state but for the counter."""
+        own: dict[str, Tensor] = self.optimizer.state[self.parameter]
+        return {name: value for name, value in own.items() if name != "step"}
+
+    def fill_state(self) -> None:
+        """Write all of it: moments as of training."""
+        for name, value in self.state.items():
+            if value.dtype == torch.int8:
+                value.random_(-127, 128)
+            elif name == "exp_avg":
+                harness.fill_random_(value, 1e-3)
+            else:  # scales and second moments
+                value.fill_(1e-5)
 
     def step(self, rotation: int) -> None:
         """Take a step."""
@@ -76,7 +95,7 @@ class Table:
     def steps_while_moving(self, longest: float) -> tuple[list[float], float | None]:
         """Return the seconds of the steps until all is in huge pages, and how long that took."""
         # Files have none. Both ends of a tensor may not be whole huge pages.
-        moving = [self.momentum] if self.path else [self.parameter.data, self.momentum]
+        moving = [*self.state.values(), *([] if self.path else [self.parameter.data])]
         moving = [t for t in moving if is_large(t)]
         seconds: list[float] = []
         start = time.perf_counter()
@@ -128,7 +147,7 @@ def measure(kind: str, folder: Path | None, args: argparse.Namespace, report: Re
         if path is not None:
             write_back(path)
         figures[f"{name}: first steps, state unwritten, seconds"] = table.timed_steps(3)
-        harness.fill_random_(table.momentum, 1e-3)
+        table.fill_state()
         steps, took = table.steps_while_moving(args.settle)
         figures[f"{name}: steps while moving to huge pages, seconds"] = summary(steps)
         figures[f"{name}: seconds until moved"] = took
@@ -147,13 +166,13 @@ def measure(kind: str, folder: Path | None, args: argparse.Namespace, report: Re
 
 def _cold_steps(table: Table, args: argparse.Namespace) -> Iterator[float]:
     """Yield the seconds of the first steps on a file that is on the disk alone."""
-    path, rows, momentum = table.path, table.rows, table.momentum
+    path, rows, old = table.path, table.rows, table.optimizer.state_dict()["state"][0]
     assert path is not None
     table.parameter.data = torch.zeros(0)
     write_back(path, forget=True)
     again = Table(rows, args, path)
     state = again.optimizer.state_dict()
-    state["state"] = {0: {"exp_avg": momentum}}
+    state["state"] = {0: old}
     again.optimizer.load_state_dict(state, assign=True)
     yield from again.timed_steps(5)
 
@@ -161,6 +180,8 @@ def _cold_steps(table: Table, args: argparse.Namespace) -> Iterator[float]:
 def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=lambda v: int(float(v)), nargs="+", default=None)
     parser.add_argument("--dim", type=int, default=16)
+    parser.add_argument("--state", choices=STATES, default="bfloat16")
+    parser.add_argument("--no-file", action="store_true", help="only in memory")
     parser.add_argument("--entries", type=int, default=65_536)
     parser.add_argument("--budget", type=float, default=10.0, help="seconds of timed steps")
     parser.add_argument("--settle", type=float, default=200.0, help="seconds to wait at most")
@@ -176,29 +197,19 @@ def main() -> None:
     harness.check_against_reference(
         Tiger, (50, 4), [torch.sparse_coo_tensor([[1, 1, 7]], torch.ones(3, 4), (50, 4))] * 3
     )
-    needed = 2 * 2 * sum(args.rows) * args.dim
+    row_bytes = {"bfloat16": 4 * args.dim, "int8": 3 * args.dim + 4, "row": 2 * args.dim + 4}
+    needed = row_bytes[args.state] * sum(args.rows)
     if needed > harness.available_bytes():
         raise SystemExit(f"{needed:.3g} bytes of tables and state do not fit the memory")
+    sizes = f"time, {largest:.3g} rows over {smallest:.3g} rows".replace("e+0", "e")
+    what = f"{sizes} x {args.dim}, {args.state} state"
     bars = [
-        Bar(
-            f"time, {largest:.3g} rows over {smallest:.3g} rows, in memory".replace("e+0", "e"),
-            measure("in memory", None, args, report),
-            1.5,
-            1.15,
-            at_most=True,
-        )
+        Bar(f"{what}, in memory", measure("in memory", None, args, report), 1.5, 1.15, at_most=True)
     ]
-    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        bars.append(
-            Bar(
-                f"time, {largest:.3g} rows over {smallest:.3g} rows, file, page cache warm".replace(
-                    "e+0", "e"
-                ),
-                measure("in a mapped file", Path(folder), args, report),
-                1.5,
-                at_most=True,
-            )
-        )
+    if not args.no_file:
+        with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+            ratio = measure("in a mapped file", Path(folder), args, report)
+        bars.append(Bar(f"{what}, file, page cache warm", ratio, 1.5, at_most=True))
     args.folder = None
     report.finish(bars)
 

@@ -6,6 +6,7 @@ import copy
 import io
 import json
 import os
+import pickle
 import random
 
 import pytest
@@ -1173,3 +1174,57 @@ def test_killed_and_restored_a_run_ends_the_same_bit_by_bit(run_python, tmp_path
     assert same(*(torch.load(end, weights_only=True) for end in ends))
     left = [name for name in os.listdir(tmp_path / "killed") if name.endswith(".tmp")]
     assert len(left) == 2
+
+
+def trained(steps, optimizer, p):
+    for k in steps:
+        p.grad = torch.sparse_coo_tensor([[k % 9]], torch.ones(1, 4), (9, 4))
+        optimizer.step()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda opt: pickle.loads(pickle.dumps(opt))])
+def test_a_delta_of_a_copy_does_not_follow_on(tmp_path, copied):
+    p = Parameter(torch.randn(9, 4))
+    optimizer = Tiger([p], lazy="decay", weight_decay=0.1)
+    trained(range(5), optimizer, p)
+    twin = copied(optimizer)
+    (q,) = twin.param_groups[0]["params"]
+    trained(range(5, 10), optimizer, p)
+    full, weights, since = (
+        copy.deepcopy(optimizer.state_dict()),
+        p.detach().clone(),
+        position(optimizer),
+    )
+    trained(range(7, 16), twin, q)
+    with pytest.raises(ValueError, match="since"):
+        save_changes(twin, tmp_path / "delta", since)
+    # Its own positions are good.
+    trained(range(16, 18), twin, q)
+    own = position(twin)
+    trained(range(18, 20), twin, q)
+    save_changes(twin, tmp_path / "delta", own)
+    other = Tiger([Parameter(weights)], lazy="decay", weight_decay=0.1)
+    other.load_state_dict(full)
+    with pytest.raises(CheckpointError):
+        apply_changes(other, tmp_path / "delta")
+
+
+def test_state_of_a_users_own_is_saved_whole_whatever_it_is_called(tmp_path):
+    p = Parameter(torch.randn(9, 4))
+    optimizer = Tiger([p], lazy="decay", weight_decay=0.1)
+    trained(range(9), optimizer, p)
+    optimizer.state[p]["exp_avg_ema"] = torch.zeros(9)
+    optimizer.state[p]["exp_avg_note"] = "mine"
+    full, q, since = (
+        copy.deepcopy(optimizer.state_dict()),
+        Parameter(p.detach().clone()),
+        position(optimizer),
+    )
+    trained(range(2), optimizer, p)
+    optimizer.state[p]["exp_avg_ema"].copy_(torch.arange(9.0))
+    save_changes(optimizer, tmp_path / "delta", since)
+    other = Tiger([q], lazy="decay", weight_decay=0.1)
+    other.load_state_dict(full)
+    apply_changes(other, tmp_path / "delta")
+    assert torch.equal(other.state[q]["exp_avg_ema"], torch.arange(9.0))
+    assert other.state[q]["exp_avg_note"] == "mine"

@@ -124,3 +124,23 @@ for k, rule in enumerate(RULES):
     run_python(program.format(path=path, write=True))
     run_python(WITHOUT + program.format(path=path, write=False))
     assert len(list(tmp_path.iterdir())) == len(RULES)
+
+
+def test_fused_that_is_set_later_says_what_is_missing(run_python):
+    run_python(
+        WITHOUT
+        + """
+import torch, tiger_ext
+p, q = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3))
+opt = tiger_ext.Tiger([p, q])
+opt.param_groups[0]["fused"] = True
+for p.grad in (None, torch.ones(3)):
+    q.grad = torch.ones(3)
+    try:
+        opt.step()
+    except RuntimeError as error:
+        assert "fused=True, but" in str(error) and "tiger_ext._C" in str(error), error
+    else:
+        raise SystemExit("accepted")
+"""
+    )

@@ -23,7 +23,7 @@ ORDER = """
 _native options parameters
 rounding
 capture
-reference history tracking progress finish
+reference history tracking progress finish files
 clocks
 huge_pages group_step tracking_hooks
 tables

@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -548,3 +549,22 @@ def test_loaded_state_is_in_huge_pages():
     assert math.isclose(q.nbytes, again.state[q]["exp_avg"].nbytes)
     if tiger_ext._native.C is not None and thp() != "never":
         assert asks_for_huge_pages(again.state[q]["exp_avg"])
+
+
+def test_threads_that_create_one_file_all_get_it(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        for k in range(20):
+            path = tmp_path / f"{k}"
+            tables = list(pool.map(lambda _, path=path: empty_table(10, 4, path=path), range(8)))
+            tables[0][3] = 1.0
+            assert all(bool((table[3] == 1).all()) for table in tables)
+    assert len(os.listdir(tmp_path)) == 20
+
+
+@with_huge_pages
+def test_a_table_that_is_on_its_way_to_huge_pages_is_not_taken_again():
+    p = Parameter(empty_table(4_000_000, 16))
+    for _ in range(4):
+        huge_pages.move_to_huge_pages(p)
+    mover = huge_pages._mover
+    assert sum(table.is_of(p) for table in (*mover._tables, mover._moving) if table) == 1

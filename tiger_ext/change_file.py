@@ -19,7 +19,6 @@ import io
 import math
 import mmap
 import os
-import secrets
 import struct
 import sys
 from collections.abc import Iterator, Sequence
@@ -29,6 +28,7 @@ import torch
 from torch import Tensor
 
 from tiger_ext.archive import CheckpointError, open_regular
+from tiger_ext.files import unfinished_path
 
 __all__ = ["Source", "bytes_of", "read_changes", "write_changes"]
 
@@ -106,10 +106,9 @@ def write_changes(path: str, header: dict[str, Any], sources: Sequence[Source]) 
     head = _serialized(header)
     ends = _places(len(head), tensors)
     target = os.path.realpath(path)
-    folder, name = os.path.split(target)
-    unfinished = os.path.join(folder, f".{name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    new = unfinished_path(target)
     try:
-        with open(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
+        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
             digest = hashlib.sha256()
 
             def put(data: Any) -> None:
@@ -130,13 +129,13 @@ def write_changes(path: str, header: dict[str, Any], sources: Sequence[Source]) 
             file.write(digest.digest())
             file.flush()
             os.fsync(file.fileno())
-        os.replace(unfinished, target)
+        os.replace(new, target)
     except BaseException:
         with contextlib.suppress(OSError):
-            os.unlink(unfinished)
+            os.unlink(new)
         raise
     with contextlib.suppress(OSError):  # some file systems have no such thing
-        descriptor = os.open(folder, os.O_RDONLY)
+        descriptor = os.open(os.path.dirname(target), os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:

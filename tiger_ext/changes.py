@@ -24,6 +24,7 @@ from torch import Tensor
 from tiger_ext.change_file import Source, write_changes
 from tiger_ext.group_step import GroupStep
 from tiger_ext.loading import fill_in
+from tiger_ext.moments import SCALES
 from tiger_ext.optimizer import MixedOptimizer
 from tiger_ext.options import MOMENTS
 from tiger_ext.positions import (
@@ -197,13 +198,11 @@ class _Rows:
 
 def _names_with_rows(state: Mapping[str, Any], last_step: Tensor) -> list[str]:
     """Return the state tensors that change with a row's clock; a user's own are none of them."""
-    own = (*MOMENTS, "window", "last_step")
+    own = (*MOMENTS, *SCALES, "window", "last_step")
     return [
         name
         for name, value in state.items()
-        if (name in own or name.startswith(MOMENTS))
-        and name != "window_rows"
-        and value.shape[: last_step.dim()] == last_step.shape
+        if name in own and value.shape[: last_step.dim()] == last_step.shape
     ]
 
 

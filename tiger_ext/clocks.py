@@ -43,8 +43,8 @@ class GroupClock:
         warned: the parameters of which it need not be said (again) that others wrote to rows that
             were behind.
         rewritten: of parameters that others wrote to: how often that was seen.
-        line: what its positions (tiger_ext/changes.py) are known by.
-        loaded_at: the step of the history that was loaded, or 0.
+        line: what its positions (tiger_ext/positions.py) are known by; not that of a copy.
+        loaded_at: the step of the history that was loaded or copied, or 0.
     """
 
     __slots__ = (
@@ -79,7 +79,7 @@ class GroupClock:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what copies go on from."""
-        passing = ("versions", "warned")
+        passing = ("line", "loaded_at", "versions", "warned")
         return {name: getattr(self, name) for name in self.__slots__ if name not in passing}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -87,6 +87,8 @@ class GroupClock:
         self.__init__(())  # type: ignore[misc]
         for name, value in state.items():
             setattr(self, name, value)
+        if self.history is not None:  # a line of its own goes on from here
+            self.loaded_at = self.history.steps
 
     # ------------------------------------------------------------------------ who takes part
 

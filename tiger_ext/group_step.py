@@ -93,7 +93,9 @@ class GroupStep:
         """Derive what follows from the options; a lazy group's history begins here."""
         self.index = index
         self.number = number
-        keep_seed(options)
+        self.storage = storage_of(options)
+        if self.storage[1] or options["stochastic_rounding"]:
+            keep_seed(options)
         self.options = options
         self.clock = clock
         self.params: list[Tensor] = options["params"]
@@ -109,7 +111,6 @@ class GroupStep:
             self.window = clock.windows + 1
             self.micro_step = clock.micro_steps + 1
             self.closes = self.micro_step >= self.micro_steps
-        self.storage = storage_of(options)
         if clock.storage is None:
             clock.storage = self.storage
         self.native = _native.C is not None and options["fused"] is not False

@@ -95,6 +95,8 @@ class _Mover:
 
     def add(self, tensor: Tensor) -> None:
         with self._changed:
+            if any(each.is_of(tensor) for each in (*self._tables, self._moving) if each):
+                return
             self._tables.append(_Table(tensor))
             self._changed.notify_all()
             if self._thread is None and not self._ending.is_set():
@@ -125,12 +127,15 @@ class _Mover:
 
     def _run(self) -> None:
         while (table := self._next()) is not None:
-            look_again = table.move(self._ending)
-            with self._changed:
-                self._moving = None
-                if look_again:
-                    self._tables.append(table)
-                self._changed.notify_all()
+            look_again = False
+            try:
+                look_again = table.move(self._ending)
+            finally:
+                with self._changed:
+                    self._moving = None
+                    if look_again:
+                        self._tables.append(table)
+                    self._changed.notify_all()
 
     def _next(self) -> _Table | None:
         """Wait until a table is due and return it; None: the thread ends."""
@@ -163,6 +168,9 @@ class _Table:
         self._moved: set[int] = set()
         self._wait = _FIRST_WAIT
         self.due, self.hurry = 0.0, False
+
+    def is_of(self, tensor: Tensor) -> bool:
+        return self._reference() is tensor
 
     def move(self, ending: threading.Event) -> bool:
         """Move the pages that are in use; return whether it is to be looked at again."""

@@ -187,14 +187,16 @@ def _has_sparse_gradient(p: Tensor) -> bool:
     return p.grad is not None and p.grad.layout == torch.sparse_coo
 
 
-def _counters(p: Tensor, dims: int) -> Tensor:
-    """Return int32 zeros, one of each row."""
+def _counters(p: Tensor, dims: int, start: int | Tensor = 0) -> Tensor:
+    """Return an int32 counter of each row that begins at ``start``."""
     shape = p.shape[:dims]
-    if is_large(p, 4 * shape.numel()):
+    if not is_large(p, 4 * shape.numel()):
+        return torch.zeros(shape, dtype=torch.int32, device=p.device).add_(start)
+    if not isinstance(start, Tensor) and start == 0:
         new = untouched_zeros(shape, torch.int32)
         move_to_huge_pages(new)
         return new
-    return torch.zeros(shape, dtype=torch.int32, device=p.device)
+    return untouched_zeros(shape, torch.int32, huge_pages=True).add_(start)  # written at once
 
 
 def clock_device(p: Tensor) -> torch.device:
@@ -231,7 +233,7 @@ def _complete_last_step(p: Tensor, group: GroupStep, changes: StateChanges, fres
         changes.will_change(p, clock)
         start = -1 - clock.begins_at(p) if fresh else now
         clock.clocked.add(p)
-        state["last_step"] = _counters(p, dims).add_(start)
+        state["last_step"] = _counters(p, dims, start)
         return
     changes.will_set(p, "last_step")
     # All rows will have caught up.

@@ -421,6 +421,8 @@ class Step:
 
     def _why_not_native(self, group: GroupStep, position: int) -> str:
         p, label = group.params[position], self._label(group.index, position)
+        if _native.unavailable:
+            return f"{label}: fused=True, but {_native.unavailable}"
         if lacking := lacks_kernels(group.options, p.device):
             return f"{label}: fused=True, but {lacking} has no native kernels yet"
         if p.device.type == "cuda" and not _native.C.build_info()["cuda"]:  # type: ignore[union-attr]

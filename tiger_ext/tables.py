@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from tiger_ext.files import unfinished_path
 from tiger_ext.huge_pages import advise_huge_pages
 from tiger_ext.options import FLOATS
 
@@ -172,7 +173,7 @@ def _size(path: Path) -> int:
 
 def _create(path: Path, nbytes: int) -> None:
     """Create a file of zeros, unless another process does; it appears in its whole size."""
-    new = path.with_name(f"{path.name}.{os.getpid()}.new")
+    new = unfinished_path(path)
     file = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         os.ftruncate(file, nbytes)

@@ -23,6 +23,9 @@ from tiger_ext.positions import FORMAT, Position, difference, groups_of, positio
 
 __all__ = ["apply_changes"]
 
+# Where rows are, an index for each of their dimensions; None: all of them.
+_Rows = tuple[Tensor, ...] | None
+
 
 @torch.inference_mode(False)
 @torch.no_grad()
@@ -43,6 +46,7 @@ def apply_changes(optimizer: MixedOptimizer, path: str | os.PathLike[str]) -> Po
 
     Raises:
         TypeError: the optimizer is another one.
+        ValueError: a parameter is on the device meta.
         CheckpointError: the file is damaged, is of another optimizer or run, or does not count from
             where the optimizer is, as when a delta is missing, or has been applied already.
         OSError: the file cannot be read.
@@ -186,11 +190,12 @@ class _Applying:
             groups, header["groups"], self._loaded.clocks, self._loaded.states, strict=True
         ):
             for i, (entry, own) in enumerate(zip(theirs["parameters"], each, strict=True)):
+                rows = self._rows(group, i, entry)
                 if group.params[i] in new:  # without an empty list of a window's rows
                     final = {name: value for name, value in own.items() if name in entry["state"]}
                 else:
-                    final = self._in_place(group, i, entry, clock)
-                self._take(group, i, entry, clock, final)
+                    final = self._in_place(group, i, entry, rows, clock)
+                self._take(group, i, entry, rows, clock, final)
 
     def _value(self, each: Mapping[str, Any]) -> Any:
         """Return a state of the file."""
@@ -209,12 +214,16 @@ class _Applying:
         return saved.keys() == tensors and all(_fits(own[n], t) for n, t in saved.items())
 
     def _in_place(
-        self, group: GroupStep, i: int, entry: Mapping[str, Any], clock: GroupClock
+        self,
+        group: GroupStep,
+        i: int,
+        entry: Mapping[str, Any],
+        rows: _Rows,
+        clock: GroupClock,
     ) -> dict[str, Any]:
         """Note what to write to the state that is there; return the state as it will be."""
         where, p = group.name(i), group.params[i]
         own = self._states.get(p, {})
-        rows = self._rows(group, i, entry)
         final: dict[str, Any] = {}
         for name, each in entry["state"].items():
             value = final[name] = self._value(each)
@@ -238,22 +247,21 @@ class _Applying:
         group: GroupStep,
         i: int,
         entry: Mapping[str, Any],
+        rows: _Rows,
         clock: GroupClock,
         final: dict[str, Any],
     ) -> None:
         """Note what to write to a parameter, and the state that it will have."""
         p = group.params[i]
         if entry["parameter"] is not None:
-            rows, value = self._rows(group, i, entry), self._tensors[entry["parameter"]]
+            value = self._tensors[entry["parameter"]]
             self._check_rows(f"{group.name(i)}", p, rows, value)
             self._copies.append(partial(_put, p, rows, _beside(p, rows, value)))
         self._final.append((p, final))
         if "last_step" in final:
             clock.clocked.add(p)
 
-    def _rows(
-        self, group: GroupStep, i: int, entry: Mapping[str, Any]
-    ) -> tuple[Tensor, ...] | None:
+    def _rows(self, group: GroupStep, i: int, entry: Mapping[str, Any]) -> _Rows:
         """Return where the rows of the file are in the parameter; None: it has all."""
         if entry["rows"] is None:
             return None
@@ -266,9 +274,7 @@ class _Applying:
             raise CheckpointError(f"{group.name(i)}: has rows that do not rise from 0 to {count}")
         return tuple(torch.unravel_index(ids.to(p.device), p.shape[:dims]))
 
-    def _check_rows(
-        self, what: str, there: Any, rows: tuple[Tensor, ...] | None, value: Tensor
-    ) -> None:
+    def _check_rows(self, what: str, there: Any, rows: _Rows, value: Tensor) -> None:
         """Check that rows, or a whole tensor, can be written to what is there."""
         if not isinstance(there, Tensor):
             raise CheckpointError(f"does not follow on: the optimizer lacks {what}")

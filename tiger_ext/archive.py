@@ -40,7 +40,7 @@ _READ_BYTES = 1 << 20
 
 
 class CheckpointError(Exception):
-    """A file cannot be read, or lacks what the report needs; the message names file and lack."""
+    """A file cannot be read, or is not what is needed of it; the message names both."""
 
 
 def load_checked(path: str) -> Any:

@@ -28,7 +28,7 @@ from tiger_ext.moments import SCALES
 from tiger_ext.optimizer import MixedOptimizer
 from tiger_ext.options import MOMENTS
 from tiger_ext.positions import (
-    CLOCKS,
+    CLOCKS_AT_ONCE,
     FORMAT,
     Position,
     checked_since,
@@ -65,7 +65,8 @@ def save_changes(
     Raises:
         TypeError: ``since`` is something else.
         ValueError: ``since`` is of another optimizer, or not where this one has been; a parameter
-            was resized; a value in a group cannot be saved for ``torch.load(weights_only=True)``.
+            was resized or is on the device meta; a value in a group cannot be saved for
+            ``torch.load(weights_only=True)``.
         OSError: the file cannot be written; what was at ``path`` is still there.
         RuntimeError: a CUDA graph is being captured.
     """
@@ -187,7 +188,7 @@ class _Rows:
         window = state["window"] if "window" in names else None
         dtype = torch.int32 if last_step.numel() < 2**31 else torch.int64
         parts = [
-            _changed(*each, least, group.window).to(dtype).add_(k * CLOCKS)
+            _changed(*each, least, group.window).to(dtype).add_(k * CLOCKS_AT_ONCE)
             for k, each in enumerate(_split(last_step, window))
         ]
         ids = torch.cat(parts)
@@ -207,10 +208,10 @@ def _names_with_rows(state: Mapping[str, Any], last_step: Tensor) -> list[str]:
 
 
 def _split(last_step: Tensor, window: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
-    clocks = last_step.reshape(-1).split(CLOCKS)
+    clocks = last_step.reshape(-1).split(CLOCKS_AT_ONCE)
     if window is None:
         return [(part, None) for part in clocks]
-    return list(zip(clocks, window.reshape(-1).split(CLOCKS), strict=True))
+    return list(zip(clocks, window.reshape(-1).split(CLOCKS_AT_ONCE), strict=True))
 
 
 def _changed(last_step: Tensor, window: Tensor | None, least: int, open_window: int) -> Tensor:

@@ -223,6 +223,13 @@ class _Table:
 
 
 _mover = _Mover()
+
+
+def _begin_anew() -> None:
+    global _mover
+    _mover = _Mover()
+
+
 atexit.register(lambda: _mover.end())
 # A forked child has no such thread, and a lock that may have been held.
-os.register_at_fork(after_in_child=lambda: _mover.__init__())  # type: ignore[misc]
+os.register_at_fork(after_in_child=_begin_anew)

@@ -338,6 +338,7 @@ class MixedOptimizer(torch.optim.Optimizer):
 
         Raises:
             ValueError: a group is in a lazy mode other than "frozen" or accumulates.
+            RuntimeError: a CUDA graph is being captured.
         """
         groups = self._group_steps()
         check_shareable(groups)
@@ -382,8 +383,9 @@ class MixedOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: the dict does not fit: other groups or parameters, another algorithm's
                 options or state, an illegal value, a tensor of another shape or kind of dtype, a
-                clock that is ahead of its history; with ``assign``, another device, or counters of
-                another dtype. It is checked wholly before anything changes.
+                clock that is ahead of its history; with ``assign``, what would have to be
+                converted: another device, counters, scales or moments of rows of another dtype,
+                counters that are not contiguous. It is checked wholly before anything changes.
         """
         if not isinstance(state_dict, dict):
             raise ValueError(f"load_state_dict expects a dict, got {type(state_dict).__name__}")

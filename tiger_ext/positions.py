@@ -19,12 +19,13 @@ from tiger_ext.capture import is_capturing
 from tiger_ext.change_file import Source, bytes_of
 from tiger_ext.group_step import GroupStep
 from tiger_ext.lazy import is_rewritten, note_version, place_histories, warn_if_behind
+from tiger_ext.moments import SCALES
 from tiger_ext.optimizer import MixedOptimizer
 from tiger_ext.options import MOMENTS, algorithm_of
 from tiger_ext.reference import current_up_to
 
 __all__ = [
-    "CLOCKS",
+    "CLOCKS_AT_ONCE",
     "FORMAT",
     "Position",
     "checked_since",
@@ -37,7 +38,7 @@ __all__ = [
 Position = dict[str, Any]
 
 FORMAT = 1
-CLOCKS = 1 << 20  # that are looked at together
+CLOCKS_AT_ONCE = 1 << 20
 _SAMPLE = 4096  # elements of each tensor that are compared
 # Options that others set from step to step, or that say how and not what is computed.
 _PASSING = {"lr", "weight_decay", "betas", "eps", "fused", "capturable"}
@@ -58,6 +59,7 @@ def position(optimizer: MixedOptimizer) -> Position:
 
     Raises:
         TypeError: it is another optimizer.
+        ValueError: a parameter is on the device meta.
         RuntimeError: a CUDA graph is being captured.
     """
     return position_of(groups_of(optimizer), optimizer.state)
@@ -117,7 +119,9 @@ def _parameter_position(group: GroupStep, i: int, state: Mapping[str, Any]) -> d
             for name, value in sorted(state.items())
             if isinstance(value, Tensor)
         },
-        "sample": _sample([p, *(state[name] for name in (*MOMENTS, "step") if name in state)]),
+        "sample": _sample(
+            [p, *(state[name] for name in (*MOMENTS, *SCALES, "step") if name in state)]
+        ),
     }
     if group.history is None:
         return found
@@ -131,7 +135,7 @@ def _parameter_position(group: GroupStep, i: int, state: Mapping[str, Any]) -> d
         steps = group.history.steps
         found["current"] = not any(
             bool((current_up_to(part) != steps).any())
-            for part in last_step.reshape(-1).split(CLOCKS)
+            for part in last_step.reshape(-1).split(CLOCKS_AT_ONCE)
         )
     return found
 

@@ -8,8 +8,8 @@ the same for any number of threads and on any device.
 
 The bits are those of a counter that is mixed twice: 64 bits for each unit (a row, or 256
 neighbouring elements), by the finaliser of splitmix64 (Steele, Lea & Flood 2014, "Fast splittable
-pseudorandom number generators"), and from these 32 bits for each element of it, by a finaliser of
-two multiplications (Wellons 2018, "Prospecting for hash functions").
+pseudorandom number generators"), and from these 32 bits for each two elements of it, by a finaliser
+of two multiplications (Wellons 2018, "Prospecting for hash functions").
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Draws:
     position: int
 
     def bits(self, stream: int, p: Tensor, where: tuple[Tensor, ...] | None) -> Tensor:
-        """Return 32 random bits, as int64, for each element of units of ``p``.
+        """Return 16 random bits, as int64, for each element of units of ``p``.
 
         Args:
             stream: what for.
@@ -134,11 +134,12 @@ def _bits(key: int, unit: Tensor, place: Tensor) -> Tensor:
         x = (x ^ _shifted(x, shift)) * _signed(factor)
     x = x ^ _shifted(x, 31)
     high = _shifted(x, 32)
-    x = ((x & _LOW) + place * 0x9E3779B9) & _LOW
+    x = ((x & _LOW) + place // 2 * 0x9E3779B9) & _LOW
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & _LOW
     x = x ^ high
     x = ((x ^ (x >> 15)) * 0x846CA68B) & _LOW
-    return x ^ (x >> 16)
+    x = x ^ (x >> 16)
+    return torch.where(place % 2 == 0, x & 0xFFFF, x >> 16)
 
 
 def _signed(x: int) -> int:
@@ -157,12 +158,12 @@ def round_to(dtype: torch.dtype, values: Tensor, bits: Tensor) -> Tensor:
     bits = bits.expand(values.shape)
     raw = values.contiguous().view(torch.int32).long() & _LOW
     if dtype == torch.bfloat16:
-        stored = (raw + (bits >> 16)) >> 16
+        stored = (raw + bits) >> 16
     else:
         magnitude = raw & 0x7FFFFFFF
-        normal = (magnitude - (112 << 23) + (bits >> 19)) >> 13
+        normal = (magnitude - (112 << 23) + (bits >> 3)) >> 13
         normal = torch.where(values.abs() >= 65536, 0x7C00, normal)
-        fraction = ((bits >> 19).to(torch.float32) + 0.5) * 2.0**-13
+        fraction = ((bits >> 3).to(torch.float32) + 0.5) * 2.0**-13
         small = values.abs() < 2.0**-14
         subnormal = torch.where(small, values.abs(), 0) * 2.0**24 + fraction
         stored = torch.where(small, subnormal.trunc().long(), normal) | (raw >> 31 << 15)
@@ -181,7 +182,7 @@ def quantised(values: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
     largest = values.abs().amax(1) if values.shape[1] else values.new_zeros(len(values))
     scale = torch.where(largest > 0, (largest / 127).clamp(min=2.0**-126), 0)
     inverse = torch.where(scale > 0, 1 / scale, 0)
-    draw = ((bits >> 16).to(torch.float32) + 0.5) * 2.0**-16
+    draw = (bits.to(torch.float32) + 0.5) * 2.0**-16
     q = (values * inverse.unsqueeze(1) + draw).floor().clamp(-127, 127)
     finite = values.isfinite().all(1)
     q = torch.where(finite.unsqueeze(1), q, 0)

@@ -47,11 +47,16 @@ struct RandomUnit {
     high = static_cast<uint32_t>(bits >> 32);
   }
 
-  // 32 bits for element c.
-  TIGER_EXT_INLINE uint32_t operator()(uint32_t c) const { return mixed(low + c * kStep); }
+  // 16 bits for element c.
+  TIGER_EXT_INLINE uint32_t operator()(uint32_t c) const {
+    const uint32_t both = of_pair(c / 2);
+    return c % 2 ? both >> 16 : both & 0xFFFFu;
+  }
 
   static constexpr uint32_t kStep = 0x9E3779B9u;
-  TIGER_EXT_INLINE uint32_t mixed(uint32_t x) const {
+  // 32 bits, the lower half for element 2k, the upper one for 2k + 1.
+  TIGER_EXT_INLINE uint32_t of_pair(uint32_t k) const {
+    uint32_t x = low + k * kStep;
     x ^= x >> 16;
     x *= 0x7FEB352Du;
     x ^= high;
@@ -61,22 +66,23 @@ struct RandomUnit {
   }
 };
 
+// `random`: 16 bits.
 TIGER_EXT_INLINE BFloat16 round_bfloat16(float x, uint32_t random) {
   const uint32_t u = float_bits(x);
   const bool nan = (u & 0x7FFFFFFFu) > 0x7F800000u;
-  return {static_cast<uint16_t>(nan ? u >> 16 | 0x0040u : (u + (random >> 16)) >> 16)};
+  return {static_cast<uint16_t>(nan ? u >> 16 | 0x0040u : (u + random) >> 16)};
 }
 
 TIGER_EXT_INLINE Float16 round_float16(float x, uint32_t random) {
   const uint32_t u = float_bits(x);
   const uint32_t sign = u >> 16 & 0x8000u;
   const uint32_t magnitude = u & 0x7FFFFFFFu;
-  const uint32_t rounded = (magnitude - (112u << 23) + (random >> 19)) >> 13;
+  const uint32_t draw = random >> 3;
+  const uint32_t rounded = (magnitude - (112u << 23) + draw) >> 13;
   const uint32_t normal = rounded >= 0x7C00u || magnitude >= 0x47800000u ? 0x7C00u : rounded;
   // In units of half's last bit; 13 random bits and those of the number's 10 fit a float.
   const float units = bits_float(magnitude) * 0x1p24f;
-  const float added =
-      units + (static_cast<float>(static_cast<int32_t>(random >> 19)) + 0.5f) * 0x1p-13f;
+  const float added = units + (static_cast<float>(static_cast<int32_t>(draw)) + 0.5f) * 0x1p-13f;
   const bool small = magnitude < 0x38800000u;  // below 2^-14
   const uint32_t subnormal = static_cast<uint32_t>(static_cast<int32_t>(small ? added : 0.0f));
   const bool nan = magnitude > 0x7F800000u;
@@ -107,7 +113,7 @@ TIGER_EXT_INLINE float quantisation_scale(uint32_t largest_bits) {
 // `inverse`: 1 / scale, 0 where the scale is 0 or NaN.
 TIGER_EXT_INLINE int32_t quantised(float x, float inverse, uint32_t random) {
   const float y =
-      x * inverse + (static_cast<float>(static_cast<int32_t>(random >> 16)) + 0.5f) * 0x1p-16f;
+      x * inverse + (static_cast<float>(static_cast<int32_t>(random)) + 0.5f) * 0x1p-16f;
   const int32_t whole = static_cast<int32_t>(y);
   const int32_t below = whole - (static_cast<float>(whole) > y ? 1 : 0);
   return below > 127 ? 127 : below < -127 ? -127 : below;

@@ -8,14 +8,26 @@ void update_block(const DenseItem& item, const Rule& rule, const T* grad, const 
                   int64_t unit, int64_t n) {
   const Rounding& rounding = item.rule.rounding;
   float* const scale = item.scales ? item.scales + unit : nullptr;
-  alignas(kCacheLine) T momentum[kBlock];
+  const bool quantises = Rule::kStates > 0 && item.rule.params->adds;
   const RandomUnit for_param(rounding.param_key, unit);
-  update_rounded_block(rule, grad, item.param, item.states, at, n, scale ? *scale : 0.0f,
-                       rounding.param ? &for_param : nullptr, 0, momentum);
-  if (Rule::kStates == 0 || !scale || !item.rule.params->adds) return;
-  *scale = quantisation_scale(largest_bits(momentum, n));
-  quantise(item.states[0], at.states[0], nullptr, n, momentum, *scale,
-           RandomUnit(rounding.momentum_key, unit), 0);
+  update_rounded_block(rule, grad, item.param, item.states, at, n,
+                       rounding.param ? &for_param : nullptr, 0,
+                       {scale ? *scale : 0.0f, quantises ? scale : nullptr, false,
+                        RandomUnit(rounding.momentum_key, unit)});
+}
+
+// Fetches a block ahead: half of the work on one is done when all of it has been read.
+template <int kStates>
+TIGER_EXT_INLINE void fetch_block(const DenseItem& item, int64_t begin, int64_t end) {
+  const int64_t n = end - begin < kBlock ? end - begin : kBlock;
+  if (n <= 0) return;
+  const auto fetch = [&](const Stream& s) {
+    const int64_t size = storage_size(s.storage);
+    prefetch_bytes(static_cast<const char*>(s.data) + begin * size, n * size);
+  };
+  if (item.grad.data) fetch(item.grad);
+  fetch(item.param);
+  for (int k = 0; k < kStates; ++k) fetch(item.states[k]);
 }
 
 template <typename T, typename Rule>
@@ -46,8 +58,10 @@ void dense_span(const DenseItem& item, int64_t begin, int64_t end) {
     const int64_t n = end - i < kBlock ? end - i : kBlock;
     const T* const g = view(item.grad, i, nullptr, n, grad);
     const BlockPlace at{i, nullptr, {i, i}, {}};
-    if (item.has_blocks()) update_block<T>(item, rule, g, at, i / kBlock, n);
-    else apply_converted(rule, g, item.param, item.states, at, n);
+    if (item.has_blocks()) {
+      fetch_block<Rule::kStates>(item, i + 2 * kBlock, end);
+      update_block<T>(item, rule, g, at, i / kBlock, n);
+    } else apply_converted(rule, g, item.param, item.states, at, n);
   }
 }
 

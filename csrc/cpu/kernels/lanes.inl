@@ -157,12 +157,70 @@ TIGER_EXT_INLINE void copy_lanes(const From& from, To& to) {
   memcpy(&to, &from, sizeof to);
 }
 
-// The random bits of elements c, c + 1, ...: see RandomUnit.
-TIGER_EXT_INLINE void random_lanes(const RandomUnit& random, int64_t c, BitLanes& x) {
+// See `sign` in update_rules.h.
+TIGER_EXT_INLINE void sign_lanes(const FloatLanes& a, FloatLanes& s) {
+#if defined(TIGER_EXT_AVX512)
+  // By a number's class: NaN, signalling NaN, 0, 1, -Inf, Inf, below 0, above 0.
+  const __m512i signs = _mm512_set1_epi32(static_cast<int>(0xA9A9A822u));
+  s = _mm512_fixupimm_ps(a, a, signs, 0);
+#else
+  BitLanes u;
+  copy_lanes(a, u);
+  IntLanes bits;
+  copy_lanes((u & 0x80000000u) | 0x3F800000u, bits);
+  bits = (bits & (a != 0.0f)) | (a != a);
+  copy_lanes(bits, s);
+#endif
+}
+
+// SignMomentum's operator(), whose loop the compiler does not make as short.
+TIGER_EXT_INLINE void apply_to_lanes(const SignMomentum<float>& rule, const FloatLanes& grad,
+                                     FloatLanes& p, FloatLanes& m) {
+  const FloatLanes g = rule.grad_factor * grad;
+  FloatLanes direction;
+  sign_lanes(rule.beta1 * m + rule.weight1 * g, direction);
+  p = rule.decay * p - rule.lr * direction;
+  m = rule.beta2 * m + rule.weight2 * g;
+}
+
+template <typename Rule>
+constexpr bool kTakesLanes = std::is_same_v<Rule, SignMomentum<float>>;
+
+// Pairs of bfloat16, as numbers of 32 bits: half of the lanes at even places, half at odd ones.
+TIGER_EXT_INLINE void bfloat16_pairs(const BFloat16* in, FloatLanes& even, FloatLanes& odd) {
+  BitLanes u;
+  memcpy(&u, in, sizeof u);
+  copy_lanes(u << 16, even);
+  copy_lanes(u & 0xFFFF0000u, odd);
+}
+
+// With the rounded number in the upper half. A NaN is kept, see `store_lanes`.
+TIGER_EXT_INLINE void round_upper_half(const FloatLanes& a, BitLanes& u) {
+  copy_lanes(a, u);
+#if defined(TIGER_EXT_AVX512)
+  __m512i x;
+  copy_lanes(a, x);
+  const __mmask16 odd = _mm512_test_epi32_mask(x, _mm512_set1_epi32(0x10000));
+  const __m512i half =
+      _mm512_mask_blend_epi32(odd, _mm512_set1_epi32(0x7FFF), _mm512_set1_epi32(0x8000));
+  copy_lanes(_mm512_mask_add_epi32(x, _mm512_cmp_ps_mask(a, a, _CMP_ORD_Q), x, half), u);
+#else
+  u = a == a ? u + 0x7FFFu + (u >> 16 & 1u) : u;
+#endif
+}
+
+TIGER_EXT_INLINE void store_upper_halves(const BitLanes& even, const BitLanes& odd, BFloat16* out) {
+  const BitLanes u = even >> 16 | (odd & 0xFFFF0000u);
+  memcpy(out, &u, sizeof u);
+}
+
+// RandomUnit::of_pair of k, k + 1, ...
+template <typename AnyLanes>
+TIGER_EXT_INLINE void random_pairs(const RandomUnit& random, int64_t k, AnyLanes& x) {
   alignas(kCacheLine) static constexpr uint32_t kPlaces[] = {0, 1, 2,  3,  4,  5,  6,  7,
                                                              8, 9, 10, 11, 12, 13, 14, 15};
   memcpy(&x, kPlaces, sizeof x);
-  x = (x + static_cast<uint32_t>(c)) * RandomUnit::kStep + random.low;
+  x = x * RandomUnit::kStep + (static_cast<uint32_t>(k) * RandomUnit::kStep + random.low);
   x ^= x >> 16;
   x *= 0x7FEB352Du;
   x ^= random.high;
@@ -171,12 +229,27 @@ TIGER_EXT_INLINE void random_lanes(const RandomUnit& random, int64_t c, BitLanes
   x ^= x >> 16;
 }
 
+// The random bits of elements c, c + 1, ..., with c even.
+TIGER_EXT_INLINE void random_lanes(const RandomUnit& random, int64_t c, uint32_t* out) {
+  uint32_t pairs __attribute__((vector_size(kLanes * 2)));
+  random_pairs(random, c / 2, pairs);
+  uint16_t bits[kLanes];
+  memcpy(bits, &pairs, sizeof bits);
+  for (int l = 0; l < kLanes; ++l) out[l] = bits[l];
+}
+
+// The same with the stochastically rounded numbers; `random`: their bits.
+TIGER_EXT_INLINE void round_upper_half(const FloatLanes& a, const BitLanes& random, BitLanes& u) {
+  copy_lanes(a, u);
+  u = a == a ? u + random : u;
+}
+
 // See round_bfloat16.
 TIGER_EXT_INLINE void round_lanes(const FloatLanes& x, const BitLanes& random, BitLanes& half,
                                   BFloat16*) {
   BitLanes u;
   copy_lanes(x, u);
-  half = x != x ? u >> 16 | 0x0040u : (u + (random >> 16)) >> 16;
+  half = x != x ? u >> 16 | 0x0040u : (u + random) >> 16;
 }
 
 // See round_float16.
@@ -184,7 +257,7 @@ TIGER_EXT_INLINE void round_lanes(const FloatLanes& x, const BitLanes& random, B
                                   Float16*) {
   BitLanes u;
   copy_lanes(x, u);
-  const BitLanes sign = u >> 16 & 0x8000u, magnitude = u & 0x7FFFFFFFu, draw = random >> 19;
+  const BitLanes sign = u >> 16 & 0x8000u, magnitude = u & 0x7FFFFFFFu, draw = random >> 3;
   const BitLanes rounded = (magnitude - (112u << 23) + draw) >> 13,
                  infinite = rounded - rounded + 0x7C00u;
   const BitLanes normal = magnitude >= 0x47800000u ? infinite
@@ -207,11 +280,12 @@ TIGER_EXT_INLINE void round_lanes(const FloatLanes& x, const BitLanes& random, B
 template <typename S>
 TIGER_EXT_INLINE void store_lanes_rounded(const float* in, S* out, const RandomUnit& random,
                                           int64_t c) {
-  uint32_t lanes[kLanes];
+  uint32_t draws[kLanes], lanes[kLanes];
+  random_lanes(random, c, draws);
   for (int l = 0; l < kLanes; l += kWidth) {
     BitLanes bits, half;
     FloatLanes x;
-    random_lanes(random, c + l, bits);
+    memcpy(&bits, draws + l, sizeof bits);
     memcpy(&x, in + l, sizeof x);
     round_lanes(x, bits, half, out);
     memcpy(lanes + l, &half, sizeof half);
@@ -222,14 +296,24 @@ TIGER_EXT_INLINE void store_lanes_rounded(const float* in, S* out, const RandomU
 // Likewise to int8: see `quantised`.
 TIGER_EXT_INLINE void store_lanes_quantised(const float* in, int8_t* out, float inverse,
                                             const RandomUnit& random, int64_t c) {
+  uint32_t draws[kLanes];
+  random_lanes(random, c, draws);
+#if defined(TIGER_EXT_AVX512)
+  const __m512 draw = _mm512_cvtepi32_ps(_mm512_loadu_si512(draws));
+  const __m512 added =
+      _mm512_mul_ps(_mm512_add_ps(draw, _mm512_set1_ps(0.5f)), _mm512_set1_ps(0x1p-16f));
+  const __m512 y =
+      _mm512_add_ps(_mm512_mul_ps(_mm512_loadu_ps(in), _mm512_set1_ps(inverse)), added);
+  const __m512i below = _mm512_cvt_roundps_epi32(y, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out),
+                   _mm512_cvtsepi32_epi8(_mm512_max_epi32(below, _mm512_set1_epi32(-127))));
+#else
   int32_t q[kLanes];
   for (int l = 0; l < kLanes; l += kWidth) {
-    BitLanes bits;
     FloatLanes x;
     IntLanes draw;
-    random_lanes(random, c + l, bits);
+    memcpy(&draw, draws + l, sizeof draw);
     memcpy(&x, in + l, sizeof x);
-    copy_lanes(bits >> 16, draw);
     const FloatLanes y =
         x * inverse + (__builtin_convertvector(draw, FloatLanes) + 0.5f) * 0x1p-16f;
     const IntLanes whole = __builtin_convertvector(y, IntLanes);
@@ -239,6 +323,7 @@ TIGER_EXT_INLINE void store_lanes_quantised(const float* in, int8_t* out, float 
     memcpy(q + l, &bounded, sizeof bounded);
   }
   store_low_lanes(q, out);
+#endif
 }
 
 // n < kLanes elements.

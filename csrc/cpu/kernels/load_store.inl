@@ -86,7 +86,7 @@ __attribute__((noinline)) void store_rounded(const Stream& s, int64_t offset, co
 
 // The bits of the largest magnitude, in float32, of which those of Inf and NaN are larger.
 template <typename T>
-__attribute__((noinline)) uint32_t largest_bits(const T* __restrict x, int64_t n) {
+TIGER_EXT_INLINE uint32_t largest_bits(const T* __restrict x, int64_t n) {
   uint32_t largest = 0;
   for (int64_t i = 0; i < n; ++i) {
     const uint32_t bits = float_bits(static_cast<float>(x[i])) & 0x7FFFFFFFu;
@@ -97,9 +97,8 @@ __attribute__((noinline)) uint32_t largest_bits(const T* __restrict x, int64_t n
 
 // Elements `first`, first + 1, ... of the unit `random`, whose scale is given.
 template <typename T>
-__attribute__((noinline)) void quantise(const Stream& s, int64_t offset, const int64_t* index,
-                                        int64_t n, const T* in, float scale,
-                                        const RandomUnit& random, int64_t first) {
+TIGER_EXT_INLINE void quantise(const Stream& s, int64_t offset, const int64_t* index, int64_t n,
+                               const T* in, float scale, const RandomUnit& random, int64_t first) {
   const RandomUnit own = random;
   int8_t* __restrict target = static_cast<int8_t*>(s.data) + offset;
   const float inverse = scale > 0.0f ? 1.0f / scale : 0.0f;  // 0: nothing, or not finite

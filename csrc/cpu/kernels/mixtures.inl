@@ -16,6 +16,20 @@ struct Elements {
   TIGER_EXT_INLINE void store(int64_t i, int64_t n, const float* in) const {
     store_some(in, n, data + i);
   }
+
+  TIGER_EXT_INLINE void load_pairs(int64_t i, FloatLanes& even, FloatLanes& odd) const
+    requires std::is_same_v<std::remove_const_t<S>, BFloat16>
+  {
+    bfloat16_pairs(data + i, even, odd);
+  }
+  TIGER_EXT_INLINE void store_pairs(int64_t i, const FloatLanes& even, const FloatLanes& odd) const
+    requires std::is_same_v<S, BFloat16>
+  {
+    BitLanes low, high;
+    round_upper_half(even, low);
+    round_upper_half(odd, high);
+    store_upper_halves(low, high, data + i);
+  }
 };
 
 // The same in half precision, rounded stochastically: elements `first`, first + 1, ... of a unit.
@@ -31,6 +45,16 @@ struct RoundedElements : Elements<S> {
     S all[kLanes];
     RoundedElements{{all}, random, first + i}.store(0, in);
     memcpy(this->data + i, all, static_cast<size_t>(n) * sizeof(S));
+  }
+
+  TIGER_EXT_INLINE void store_pairs(int64_t i, const FloatLanes& even, const FloatLanes& odd) const
+    requires std::is_same_v<S, BFloat16>
+  {
+    BitLanes bits, low, high;
+    random_pairs(random, (first + i) / 2, bits);
+    round_upper_half(even, bits & 0xFFFFu, low);
+    round_upper_half(odd, bits >> 16, high);
+    store_upper_halves(low, high, this->data + i);
   }
 };
 
@@ -54,19 +78,53 @@ struct QuantisedElements {
   }
 };
 
+// Elements that lie in pairs.
+template <typename E>
+constexpr bool kIsPaired = requires(E e, FloatLanes x) { e.load_pairs(0, x, x); };
+
+// The rule over kLanes elements.
+template <typename Rule, typename... S>
+TIGER_EXT_INLINE void apply_to_lanes(const Rule& rule, const float* g, float* p, S*... s) {
+  if constexpr (kTakesLanes<Rule>) {
+    for (int l = 0; l < kLanes; l += kWidth) {
+      FloatLanes grad, param, state;
+      memcpy(&grad, g + l, sizeof grad);
+      memcpy(&param, p + l, sizeof param);
+      (memcpy(&state, s + l, sizeof state), ...);
+      apply_to_lanes(rule, grad, param, state);
+      memcpy(p + l, &param, sizeof param);
+      (memcpy(s + l, &state, sizeof state), ...);
+    }
+  } else {
+    for (int l = 0; l < kLanes; ++l) rule(g[l], p[l], s[l]...);
+  }
+}
+
 // The rule over elements that are converted on the way, in registers.
 template <typename Rule, typename G, typename P, typename... S>
-TIGER_EXT_INLINE void apply_lanes(const Rule& given, const G& grad, const P& param, int64_t n,
-                                  const S&... states) {
-  const Rule rule = given;
+TIGER_EXT_INLINE void apply_lanes(const Rule& given, const G grad, const P param, int64_t n,
+                                  const S... states) {
+  const Rule rule = given;  // which no store can change, nor the others
+  int64_t i = 0;
+  if constexpr (kTakesLanes<Rule> && kIsPaired<G> && kIsPaired<P> && (kIsPaired<S> && ...)) {
+    for (; i + 2 * kWidth <= n; i += 2 * kWidth) {
+      FloatLanes g[2], p[2], s[2];
+      grad.load_pairs(i, g[0], g[1]);
+      param.load_pairs(i, p[0], p[1]);
+      (states.load_pairs(i, s[0], s[1]), ...);
+      apply_to_lanes(rule, g[0], p[0], s[0]);
+      apply_to_lanes(rule, g[1], p[1], s[1]);
+      param.store_pairs(i, p[0], p[1]);
+      (states.store_pairs(i, s[0], s[1]), ...);
+    }
+  }
   float g[kLanes], p[kLanes], s[sizeof...(S) + 1][kLanes];
   const auto update = [&]<size_t... k>(std::index_sequence<k...>) __attribute__((always_inline)) {
-    int64_t i = 0;
     for (; i + kLanes <= n; i += kLanes) {
       grad.load(i, g);
       param.load(i, p);
       (states.load(i, s[k]), ...);
-      for (int l = 0; l < kLanes; ++l) rule(g[l], p[l], s[k][l]...);
+      apply_to_lanes(rule, g, p, s[k]...);
       param.store(i, p);
       (states.store(i, s[k]), ...);
     }
@@ -74,7 +132,7 @@ TIGER_EXT_INLINE void apply_lanes(const Rule& given, const G& grad, const P& par
     grad.load(i, n - i, g);
     param.load(i, n - i, p);
     (states.load(i, n - i, s[k]), ...);
-    for (int l = 0; l < kLanes; ++l) rule(g[l], p[l], s[k][l]...);
+    apply_to_lanes(rule, g, p, s[k]...);
     param.store(i, n - i, p);
     (states.store(i, n - i, s[k]), ...);
   };
@@ -157,12 +215,30 @@ constexpr bool kMixes = false;
 
 // ------------------------------------------------------------------------- stochastic rounding
 
+// The unit that a block of a momentum in int8 belongs to.
+struct QuantisedUnit {
+  float scale;        // of what is stored
+  float* next_scale;  // of what becomes of it; null: it stays
+  bool known;         // whether that is there: else the block is all of the unit
+  RandomUnit random;
+};
+
+// `momentum`: the new one of elements `first`, first + 1, ... of the unit.
+template <typename T>
+TIGER_EXT_INLINE void quantise_block(const Stream* states, const BlockPlace& at, int64_t n,
+                                     const T* momentum, int64_t first, const QuantisedUnit& unit) {
+  if (!unit.next_scale) return;
+  if (!unit.known) *unit.next_scale = quantisation_scale(largest_bits(momentum, n));
+  quantise(states[0], at.states[0], at.state_indices[0], n, momentum, *unit.next_scale, unit.random,
+           first);
+}
+
 template <typename Rule>
 __attribute__((noinline)) void apply_rounded_lanes(const Rule& rule, const float* grad,
                                                    const Stream& param, const Stream* states,
-                                                   const BlockPlace& at, int64_t n, float scale,
+                                                   const BlockPlace& at, int64_t n,
                                                    const RandomUnit* for_param, int64_t first,
-                                                   float* momentum) {
+                                                   const QuantisedUnit& unit) {
   const Elements<const float> g{grad};
   const auto elements = [&]<typename S>(int k) {
     return Elements<S>{static_cast<S*>(states[k].data) + at.states[k]};
@@ -176,10 +252,12 @@ __attribute__((noinline)) void apply_rounded_lanes(const Rule& rule, const float
         if constexpr (Rule::kStates == 1) apply_lanes(rule, g, p, n, m);
         else apply_lanes(rule, g, p, n, m, elements.template operator()<Last>(1));
       };
-      if (states[0].storage == Storage::kInt8)
+      if (states[0].storage == Storage::kInt8) {
+        alignas(kCacheLine) float momentum[kBlock];
         with_momentum.template operator()<float>(QuantisedElements{
-            static_cast<const int8_t*>(states[0].data) + at.states[0], scale, momentum});
-      else if (states[0].storage == Storage::kFloat32)
+            static_cast<const int8_t*>(states[0].data) + at.states[0], unit.scale, momentum});
+        quantise_block(states, at, n, momentum, first, unit);
+      } else if (states[0].storage == Storage::kFloat32)
         with_momentum.template operator()<float>(elements.template operator()<float>(0));
       else if constexpr (!std::is_same_v<Half, float>)
         with_momentum.template operator()<Half>(elements.template operator()<Half>(0));
@@ -207,26 +285,24 @@ inline bool rounds_in_lanes(const Stream& param, const Stream* states, int count
   return count == 1 || last == Storage::kFloat32;
 }
 
-// A block of what is rounded stochastically. A momentum in int8 is not stored: it waits for the
-// scale of its unit, in momentum[n]. `for_param`: null where the parameter is rounded to nearest.
+// A block of what is rounded stochastically: elements `first`, first + 1, ... of its unit.
+// `for_param`: null where the parameter is rounded to nearest.
 template <typename T, typename Rule>
 void update_rounded_block(const Rule& rule, const T* grad, const Stream& param,
-                          const Stream* states, const BlockPlace& at, int64_t n, float scale,
-                          const RandomUnit* for_param, int64_t first, T* momentum) {
+                          const Stream* states, const BlockPlace& at, int64_t n,
+                          const RandomUnit* for_param, int64_t first, const QuantisedUnit& unit) {
   if constexpr (kMixes<T, Rule>) {
     bool contiguous = !at.param_index;
     for (int k = 0; k < Rule::kStates; ++k) contiguous = contiguous && !at.state_indices[k];
     if (contiguous && rounds_in_lanes(param, states, Rule::kStates))
-      return apply_rounded_lanes(rule, grad, param, states, at, n, scale, for_param, first,
-                                 momentum);
+      return apply_rounded_lanes(rule, grad, param, states, at, n, for_param, first, unit);
   }
   Block<T, Rule::kStates> block(param, states, at, n);
-  block.update(rule, grad, scale);
+  block.update(rule, grad, unit.scale);
   if (moves_param(rule)) {
     if (for_param) block.store_param(*for_param, first);
     else block.store_param();
   }
   block.store_states();
-  if (Rule::kStates > 0 && states[0].storage == Storage::kInt8)
-    memcpy(momentum, block.momentum(), static_cast<size_t>(n) * sizeof(T));
+  if constexpr (Rule::kStates > 0) quantise_block(states, at, n, block.momentum(), first, unit);
 }

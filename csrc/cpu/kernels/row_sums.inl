@@ -3,6 +3,16 @@
 // Part of kernels.inl: the sum of a run, the entries of one row in the sorted list, and the
 // fetching of rows ahead of it.
 
+// The gradient of a row: block(column, n) in the arithmetic type, and stored(column, n) as it is
+// stored, null where that is not the row's gradient or is in the arithmetic type.
+template <typename Block, typename Stored>
+struct RowGrad {
+  Block block;
+  Stored stored;
+
+  TIGER_EXT_INLINE auto operator()(int64_t c, int64_t n) const { return block(c, n); }
+};
+
 // Into the second-level cache: random rows are limited by how many cache misses are in flight, and
 // the first level allows far fewer of them (measured: 1.5 to 2 times the time).
 TIGER_EXT_INLINE void prefetch_bytes(const void* start, int64_t bytes) {

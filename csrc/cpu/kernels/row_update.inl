@@ -62,12 +62,15 @@ class RowUpdate {
       bool contiguous = !item.param_layout.inner;
       for (int k = 0; k < Rule::kStates; ++k)
         contiguous = contiguous && !item.state_layouts[k].inner;
-      if (contiguous && !rounds())
+      if (contiguous && !rounds()) {
         mixture_ = mixture_of(Storage::kFloat32, item.param.storage, item.states, Rule::kStates);
+        stored_mixture_ =
+            mixture_of(item.values.storage, item.param.storage, item.states, Rule::kStates);
+      }
     }
   }
 
-  // grad_of(column, n) is block [column, column + n) of the row's summed gradient.
+  // grad_of: the row's RowGrad.
   template <typename GradOf>
   TIGER_EXT_INLINE void operator()(int64_t row, const GradOf& grad_of) const {
     const Place at = place(row);
@@ -87,8 +90,9 @@ class RowUpdate {
       return false;  // another thread does it
     CatchUp<T> missed = catch_up_(current_up_to(old));
     catch_up_units(row, missed);
-    update(NoUpdate<T, Rule::kStates>(), &missed, row, place(row),
-           [](int64_t, int64_t) { return zeros<T>(); });
+    const RowGrad none{[](int64_t, int64_t) { return zeros<T>(); },
+                       [](int64_t, int64_t) -> const void* { return nullptr; }};
+    update(NoUpdate<T, Rule::kStates>(), &missed, row, place(row), none);
     return true;
   }
 
@@ -173,6 +177,18 @@ class RowUpdate {
     }
     for (int64_t c = 0; c < item_.dim; c += kBlock) {
       const int64_t n = item_.dim - c < kBlock ? item_.dim - c : kBlock;
+      if constexpr (!kInPlace && kMixes<T, Rule>) {
+        const void* const stored =
+            stored_mixture_ != Mixture::kOther ? grad_of.stored(c, n) : nullptr;
+        if (stored) {
+          const BlockPlace where = block_place(at, c);
+          after(rule, missed, [&](const auto& whole) {
+            apply_mixture(stored_mixture_, whole, stored, item_.param, where.param, item_.states,
+                          where.states, n);
+          });
+          continue;
+        }
+      }
       const T* const grad = grad_of(c, n);
       after(rule, missed, [&](const auto& whole) {
         if constexpr (kInPlace) {
@@ -210,19 +226,15 @@ class RowUpdate {
       const uint32_t found = largest_bits(block.momentum(), n);
       largest = found > largest ? found : largest;
     }
+    if (quantises && item_.dim > kBlock) item_.scales[row] = quantisation_scale(largest);
     const RandomUnit for_param(kOnlyCatchesUp ? rounding.caught_up_key : rounding.param_key, row);
-    const RandomUnit for_momentum(rounding.momentum_key, row);
+    QuantisedUnit unit{scale, quantises ? item_.scales + row : nullptr, item_.dim > kBlock,
+                       RandomUnit(rounding.momentum_key, row)};
     for (int64_t c = 0; c < item_.dim; c += kBlock) {
       const int64_t n = item_.dim - c < kBlock ? item_.dim - c : kBlock;
-      const BlockPlace where = block_place(at, c);
-      update_rounded_block(rule, grad_of(c, n), item_.param, item_.states, where, n,
-                           item_.block_scales ? item_.scales[c / kBlock] : scale,
-                           rounding.param ? &for_param : nullptr, c, momentum_);
-      if (!quantises) continue;
-      if (item_.dim <= kBlock) largest = largest_bits(momentum_, n);
-      item_.scales[row] = quantisation_scale(largest);
-      quantise(item_.states[0], where.states[0], where.state_indices[0], n, momentum_,
-               item_.scales[row], for_momentum, c);
+      if (item_.block_scales) unit.scale = item_.scales[c / kBlock];
+      update_rounded_block(rule, grad_of(c, n), item_.param, item_.states, block_place(at, c), n,
+                           rounding.param ? &for_param : nullptr, c, unit);
     }
   }
 
@@ -322,6 +334,6 @@ class RowUpdate {
   const Rule rule_;
   const CatchUpTable<T, Rule> catch_up_;
   const bool careful_;
-  Mixture mixture_ = Mixture::kOther;
-  alignas(kCacheLine) mutable T momentum_[kBlock];  // a block's that waits for its scale
+  // With the gradient in the arithmetic type, and as it is stored.
+  Mixture mixture_ = Mixture::kOther, stored_mixture_ = Mixture::kOther;
 };

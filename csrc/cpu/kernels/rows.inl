@@ -9,7 +9,7 @@ struct NoPrefetch {
 };
 
 // f(row, grad_of) for every run that starts in [begin, end) of the sorted entries, where
-// grad_of(column, n) is a block of the run's sum. Stops when f returns false.
+// grad_of is its RowGrad. Stops when f returns false.
 template <typename T, typename Prefetch, typename F>
 TIGER_EXT_INLINE void for_each_run(const RowsItem& item, const SortedEntries& sorted,
                                    const LongRuns& long_runs, int64_t begin, int64_t end,
@@ -34,7 +34,7 @@ TIGER_EXT_INLINE void for_each_run(const RowsItem& item, const SortedEntries& so
     else if (next - i > kPiece) grad = find_long_run<T>(long_runs, i);
     int64_t summed = -1;  // the block that `sum` holds
 
-    const auto grad_of = [&](int64_t c, int64_t n) __attribute__((always_inline)) -> const T* {
+    const auto block = [&](int64_t c, int64_t n) __attribute__((always_inline)) -> const T* {
       prefetch(i, next, c, n);
       if (!item.values.data) return zeros<T>();
       if (grad) return grad + c;
@@ -42,6 +42,13 @@ TIGER_EXT_INLINE void for_each_run(const RowsItem& item, const SortedEntries& so
       summed = c;
       return sum;
     };
+    const auto stored = [&](int64_t c, int64_t n) __attribute__((always_inline)) -> const void* {
+      if (next - i > 1 || native_values || !item.values.data) return nullptr;
+      prefetch(i, next, c, n);
+      const int64_t at = (sorted.position(i) - item.first_entry) * item.value_stride + c;
+      return static_cast<const char*>(item.values.data) + at * storage_size(item.values.storage);
+    };
+    const RowGrad grad_of{block, stored};
     if (!f(static_cast<int64_t>(sorted.row(i)) - item.first_row, grad_of)) return;
   }
 }
@@ -84,9 +91,15 @@ TIGER_EXT_INLINE void for_each_touched_row(const RowsItem& item, int64_t begin, 
           !any_nonzero(item.values, row * item.value_stride, item.dim))
         continue;
     }
-    const auto grad_of = [&](int64_t c, int64_t n) -> const T* {
+    const auto block = [&](int64_t c, int64_t n) -> const T* {
       return view(item.values, row * item.value_stride + c, nullptr, n, buffer);
     };
+    const auto stored = [&](int64_t c, int64_t) -> const void* {
+      if (is_native<T>(item.values) || !item.values.data) return nullptr;
+      const int64_t at = row * item.value_stride + c;
+      return static_cast<const char*>(item.values.data) + at * storage_size(item.values.storage);
+    };
+    const RowGrad grad_of{block, stored};
     if (!f(row, grad_of)) return;
   }
 }

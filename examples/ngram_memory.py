@@ -3,7 +3,7 @@
 
     python examples/ngram_memory.py                          held-out loss against rows
     python examples/ngram_memory.py --rows 1e6 --workers 2   two processes on one table
-    python examples/ngram_memory.py --compare                six ways to store table and state
+    python examples/ngram_memory.py --compare                ten ways to store table and state
     python examples/ngram_memory.py --smoke                  seconds, to see that everything runs
 
 The text is that of examples/next_token.py: torch's own sources. At each position the last two and
@@ -20,7 +20,7 @@ rule for all weights, no exchange and no averaging, and right where the dense pa
 steps of all workers together are ``--steps``, so all runs see as many tokens.
 
 Each run is made in a process of its own, a thread a worker, and its memory is that process's (of
-several workers the sum of their shares). The learning rates are the best of three or four trials
+several workers the sum of their shares). The learning rates are the best of three to five trials
 each, a factor of two or three apart, on the validation files, which are neither trained on nor held
 out (AdamW by element takes that of AdamW by row); a search like that of examples/next_token.py has
 not been made.
@@ -61,7 +61,7 @@ REACH = max(ORDERS) - 1  # tokens before the first position that its n-grams beg
 WIDTH, LAYERS = 64, 2
 DENSE_LR, DENSE_WEIGHT_DECAY, BETA = 2e-3, 0.01, 0.9
 # As in the large models the table has no weight decay.
-SIGN_LR, ADAMW_LR = 0.12, 0.01
+SIGN_LR, ADAMW_LR, ADAGRAD_LR = 0.12, 0.01, 0.2
 # What a table's optimizer group may keep, by the name that --state gives it.
 STATES: dict[str, dict[str, Any]] = {
     "float32": {"lr": SIGN_LR, "momentum_dtype": torch.float32},
@@ -79,6 +79,7 @@ STATES: dict[str, dict[str, Any]] = {
         "betas": (0.0, 0.99),
         "second_moment": "row",
     },
+    "adagrad": {"lr": ADAGRAD_LR},  # see RowwiseAdagrad
 }
 # The steps that allocate; they do not count in the medians.
 WARM_UP_STEPS = 5
@@ -214,6 +215,31 @@ class Model(nn.Module):
         return F.cross_entropy(self(windows[:, :-1]).flatten(0, 1), targets.flatten())
 
 
+class RowwiseAdagrad:
+    """The table's update with one sum of squares a row, in torch, to compare with.
+
+    The rule of FBGEMM's ``EXACT_ROWWISE_ADAGRAD``, which recommenders train their tables with
+    (https://docs.pytorch.org/FBGEMM): s += mean(g^2); row -= lr g / (sqrt(s) + eps). A hook before
+    the step of the optimizer that has the table, which then finds no gradient there.
+    """
+
+    def __init__(self, table: nn.Parameter) -> None:
+        """See the class."""
+        self.table = table
+        self.sums = torch.zeros(len(table))
+
+    @torch.no_grad()
+    def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Update the rows of the gradient, with the learning rate of the table's group."""
+        gradient = self.table.grad.coalesce()
+        ids, values = gradient.indices()[0], gradient.values().float()
+        self.sums[ids] += values.square().mean(1)
+        size = self.sums[ids].sqrt_().add_(1e-8)
+        change = values.mul_(-optimizer.param_groups[-1]["lr"]).div_(size[:, None])
+        self.table.index_add_(0, ids, change.to(self.table.dtype))
+        self.table.grad = None
+
+
 def make_optimizer(model: Model, setting: Setting) -> tiger_ext.Tiger:
     """Return one optimizer over everything: Tiger, and the table as ``setting`` says."""
     groups: list[dict[str, Any]] = [{"params": model.dense()}]
@@ -321,6 +347,10 @@ def run(setting: Setting, bar: bool = False) -> dict[str, Any]:
         table = tiger_ext.empty_table(setting.rows, setting.dim, dtype, shared=several)
     model = Model(setting, corpus.vocabulary, table)
     optimizer = make_optimizer(model, setting)
+    adagrad = None
+    if model.memory is not None and setting.state == "adagrad":
+        adagrad = RowwiseAdagrad(model.memory.table)
+        optimizer.register_step_pre_hook(adagrad)
     if several:
         model.share_memory()
         optimizer.share_memory()
@@ -351,7 +381,7 @@ def run(setting: Setting, bar: bool = False) -> dict[str, Any]:
     result["optimizer_share"] = result["optimizer_ms"] / result["step_ms"]
     if model.memory is not None:
         table = model.memory.table
-        state = optimizer.state[table].values()
+        state = [adagrad.sums] if adagrad else optimizer.state[table].values()
         result["table_bytes"] = table.nbytes
         result["state_bytes"] = sum(value.nbytes for value in state if value.dim())
         bytes_of_all = result["table_bytes"] + result["state_bytes"]
@@ -432,6 +462,10 @@ ARMS: dict[str, dict[str, str]] = {
     "float32 table, int8 momentum": {"dtype": "float32", "state": "int8"},
     "float32 table, AdamW by element": {"dtype": "float32", "state": "element"},
     "float32 table, AdamW by row": {"dtype": "float32", "state": "row"},
+    "bfloat16 table, int8 momentum, stochastic": {"state": "int8", "rounding": "stochastic"},
+    "bfloat16 table, AdamW by row, nearest": {"state": "row", "rounding": "nearest"},
+    "bfloat16 table, AdamW by row, stochastic": {"state": "row", "rounding": "stochastic"},
+    "float32 table, row-wise Adagrad": {"dtype": "float32", "state": "adagrad"},
 }
 
 
@@ -534,6 +568,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.compare and not options.compare_rows:
         parser.error("--compare-rows 0: expected a table")
+    if options.state == "adagrad" and options.workers != [1]:
+        parser.error("--state adagrad: expected one worker")
     if options.steps < max(options.workers):
         parser.error(f"--steps {options.steps}: expected a step for each worker")
     if options.json is None:

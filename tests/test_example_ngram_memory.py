@@ -95,6 +95,22 @@ def test_the_memory_learns_what_the_transformer_cannot_see(example, setting, mon
     assert losses[1] < losses[0] / 2
 
 
+def test_rowwise_adagrad_is_fbgemms_rule(example):
+    table = torch.nn.Parameter(torch.arange(12.0).view(4, 3))
+    adagrad = example.RowwiseAdagrad(table)
+    optimizer = example.tiger_ext.Tiger([table], lr=0.5)
+    optimizer.register_step_pre_hook(adagrad)
+    expected, total = table.detach().clone(), 0.0
+    for _ in range(2):
+        table.grad = torch.sparse_coo_tensor([[2, 2]], [[1.0, 2, 2], [0, 0, 1]], (4, 3))
+        optimizer.step()
+        g = torch.tensor([1.0, 2, 3])
+        total += float(g @ g) / 3
+        expected[2] -= 0.5 * g / (total**0.5 + 1e-8)
+    torch.testing.assert_close(table.detach(), expected)
+    assert adagrad.sums.tolist() == pytest.approx([0, 0, total, 0]) and not optimizer.state
+
+
 @pytest.mark.parametrize(
     ("dtype", "state", "expected"),
     [
@@ -104,6 +120,7 @@ def test_the_memory_learns_what_the_transformer_cannot_see(example, setting, mon
         ("bfloat16", "int8", 3 + 4 / 8),
         ("float32", "element", 8),
         ("bfloat16", "row", 2 + 4 / 8),
+        ("float32", "adagrad", 4 + 4 / 8),
     ],
 )
 def test_bytes_are_those_of_table_and_state(example, setting, dtype, state, expected):
@@ -166,7 +183,15 @@ def test_missing_package_is_one_sentence(tmp_path):
     assert done.stderr.strip() == "The demo needs tqdm: pip install 'tiger_ext[demo]'"
 
 
-@pytest.mark.parametrize("arguments", [["--rows", "3"], ["--workers", "0"], ["--rows", "-1"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--rows", "3"],
+        ["--workers", "0"],
+        ["--rows", "-1"],
+        ["--state", "adagrad", "--workers", "2"],
+    ],
+)
 def test_what_cannot_be_run_is_refused(example, arguments, capsys):
     with pytest.raises(SystemExit):
         example.parse_arguments(arguments)

@@ -200,8 +200,6 @@ class CudaStep final : public DeviceStep {
 
   void add(Update& u) override {
     check_update(u);
-    if (u.scale.defined() || u.row_moment.defined())
-      refuse(u, "there are no CUDA kernels for a momentum in int8 or a second moment a row");
     // The kernels look at float32 values, where the smallest float64 ones are zero.
     if (u.rule.touched == Touched::kNonzero && u.grad.defined() &&
         u.grad.scalar_type() == at::kDouble && u.param.scalar_type() != at::kDouble) {
@@ -212,6 +210,8 @@ class CudaStep final : public DeviceStep {
   }
 
   bool lags(const Update&) const override { return false; }  // `apply` looks
+
+  bool takes_compact_state() const override { return true; }
 
   void prepare() override {
     for (const auto& [index, device] : devices_) {

@@ -24,7 +24,7 @@ from both import (
     moved,
     synchronize,
 )
-from cases import FLOATS, RULES, clock_of, dense_grad, parameter, views
+from cases import COMPACT_RULES, FLOATS, RULES, clock_of, dense_grad, parameter, views
 from torch.nn import Parameter
 
 from tiger_ext.reading import Reader
@@ -32,6 +32,7 @@ from tiger_ext.reading import Reader
 F32, F64, BF16, F16 = FLOATS.values()
 MODES = [(rule, mode) for rule in RULES[:2] for mode in ("decay", "exact")]
 MODES += [(rule, "decay") for rule in RULES[2:]]
+MODES += [(COMPACT_RULES[0], "exact"), *((rule, "decay") for rule in COMPACT_RULES[1:])]
 every_mode = pytest.mark.parametrize(
     "rule,lazy", MODES, ids=[f"{rule.name}-{mode}" for rule, mode in MODES]
 )

@@ -4,6 +4,7 @@
 // row: rows of sorted entries, rows of strided gradients, and blocks of tensors. A unit that fits
 // its lanes' registers is read once. A longer one is computed twice if its momentum is in int8,
 // which cannot be stored before the largest number of all the unit is known.
+#include <algorithm>
 #include <type_traits>
 
 #include "cuda/compact.cuh"
@@ -133,12 +134,22 @@ struct CompactUpdate {
         count_ = static_cast<int>(item.numel - unit * kRoundingBlock);
     }
 
-    __device__ void update(Verdict verdict) {
+    __device__ __forceinline__ void update(Verdict verdict) {
       const RuleParams& params = item_.params;
       const bool only_look = functor_.bad != nullptr;
-      if (item_.kind == UnitKind::kDirectRows && item_.table.values.data && !touched()) return;
+      const bool by_row = item_.kind != UnitKind::kBlocks;
+      const bool asks_touched = item_.kind == UnitKind::kDirectRows && item_.table.values.data;
+      if (asks_touched && params.touched == Touched::kMasked && item_.mask[unit_] == 0) return;
+      const bool asks_nonzero = asks_touched && params.touched == Touched::kNonzero;
+      const bool looks = only_look || (by_row && params.looks());
+      Facts facts;
+      if (asks_nonzero || only_look || (looks && params.nonfinite != Nonfinite::kPropagate)) {
+        bool nonzero = false;
+        facts.finite = look_at_gradient(nonzero);
+        if (asks_nonzero && !nonzero) return;
+      }
       if (only_look) {
-        if (!finite() && lanes_.own == 0) atomicMin(functor_.bad, item_.place);
+        if (!facts.finite && lanes_.own == 0) atomicMin(functor_.bad, item_.place);
         return;
       }
       Rule rule = item_.rule.get();
@@ -149,11 +160,14 @@ struct CompactUpdate {
           if (in_window) rule.stop_decay();
         }
       }
-      if (item_.kind != UnitKind::kBlocks && params.looks()) {
-        const Facts facts = look(rule);
+      if (looks) {
         verdict = judge(params, facts);
-        if constexpr (Rule::kDirected)
-          if (params.scale != Scale::kNone) rule.scale(facts.rate(params, count_));
+        if constexpr (kSigned) {
+          if (params.scale != Scale::kNone) {
+            look(rule, facts);
+            rule.scale(facts.rate(params, count_));
+          }
+        }
       }
       if (verdict == Verdict::kShrink) shrink();
       if (verdict != Verdict::kUpdate) return;
@@ -161,7 +175,9 @@ struct CompactUpdate {
     }
 
    private:
-    __device__ void update_by(Rule& rule) {
+    static constexpr bool kSigned = std::is_base_of_v<Momentum<T>, Rule>;
+
+    __device__ __forceinline__ void update_by(Rule& rule) {
       const RuleParams& params = item_.params;
       const CompactState<T>& compact = item_.compact;
       const bool behind = gap_ && gap_->behind;
@@ -179,45 +195,51 @@ struct CompactUpdate {
         scale_ = decayed_scale(missed, scale_);
         missed.factor[0] = T(1);
       }
-      const bool quantises = scaled() && params.adds;
+      const bool quantises = scaled() && params.adds, kept = count_ <= stride_;
       float scale = scale_;
-      if (quantises) {
-        uint32_t largest = 0;
-        for (int c = column_; c < count_; c += stride_) {
-          advance(rule, behind, missed, c);
-#pragma unroll
-          for (int w = 0; w < kWidth; ++w) {
-            const uint32_t bits = float_bits(static_cast<float>(states_[0][w])) & 0x7FFFFFFFu;
-            largest = bits > largest ? bits : largest;
-          }
-        }
-        scale = quantisation_scale(lanes_.largest(largest));
-      }
-      __syncwarp(lanes_.mask);  // all lanes have read what one of them writes
-      if (lanes_.own == 0) {
-        if constexpr (kHasRowMoment<Rule>) compact.row_moment[unit_] = moment;
-        if (quantises || (scaled() && behind)) compact.scales[unit_] = scale;
-        if (item_.window && params.adds) item_.window[unit_] = params.window;
-        if (gap_) item_.lazy.last_step[unit_] = item_.lazy.updated();
-      }
+      uint32_t largest = 0;
       const RandomUnit for_param = random(RoundedStream::kParam, true);
       const RandomUnit for_momentum = random(RoundedStream::kMomentum, true);
-      const bool kept = quantises && count_ <= stride_;
-      for (int c = column_; c < count_; c += stride_) {
-        if (!kept) advance(rule, behind, missed, c);
-        if (moves_param(rule) || behind) store_own_param(for_param, c);
-        if constexpr (kStates > 0) {
-          if (quantises)
-            store_quantised(item_.streams[1], offset(1, c), scale, for_momentum, c, states_[0]);
-          else if (!scaled()) store_vector<Any>(item_.streams[1], offset(1, c), true, states_[0]);
+      // To find the scale, if there is one to find, and to store.
+#pragma unroll 1
+      for (bool stores = !quantises;; stores = true) {
+        if (stores) {
+          if (quantises) scale = quantisation_scale(lanes_.largest(largest));
+          __syncwarp(lanes_.mask);  // all lanes have read what one of them writes
+          if (lanes_.own == 0) {
+            if constexpr (kHasRowMoment<Rule>) compact.row_moment[unit_] = moment;
+            if (quantises || (scaled() && behind)) compact.scales[unit_] = scale;
+            if (item_.window && params.adds) item_.window[unit_] = params.window;
+            if (gap_) item_.lazy.last_step[unit_] = item_.lazy.updated();
+          }
         }
-        if constexpr (kStates == 2)
-          store_vector<Any>(item_.streams[2], offset(2, c), true, states_[1]);
+#pragma unroll 1
+        for (int c = column_; c < count_; c += stride_) {
+          if (!(stores && quantises && kept)) advance(rule, behind, missed, c);
+          if (!stores) {
+#pragma unroll
+            for (int w = 0; w < kWidth; ++w) {
+              const uint32_t bits = float_bits(static_cast<float>(states_[0][w])) & 0x7FFFFFFFu;
+              largest = bits > largest ? bits : largest;
+            }
+            continue;
+          }
+          if (moves_param(rule) || behind) store_own_param(for_param, c);
+          if constexpr (kStates > 0) {
+            if (quantises)
+              store_quantised(item_.streams[1], offset(1, c), scale, for_momentum, c, states_[0]);
+            else if (!scaled()) store_vector<Any>(item_.streams[1], offset(1, c), true, states_[0]);
+          }
+          if constexpr (kStates == 2)
+            store_vector<Any>(item_.streams[2], offset(2, c), true, states_[1]);
+        }
+        if (stores) break;
       }
     }
 
     // Columns [c, c + kWidth), after the update, in registers.
-    __device__ void advance(const Rule& rule, bool behind, const CatchUp<T>& missed, int c) {
+    __device__ __forceinline__ void advance(const Rule& rule, bool behind, const CatchUp<T>& missed,
+                                            int c) {
       load_grad(c, grad_);
       load_param(c);
       load_momentum(c);
@@ -232,35 +254,24 @@ struct CompactUpdate {
       }
     }
 
-    __device__ bool touched() {
-      const Touched how = item_.params.touched;
-      if (how == Touched::kMasked) return item_.mask[unit_] != 0;
-      if (how == Touched::kAll) return true;
-      bool any = false;
-      for (int c = column_; c < count_ && !any; c += stride_) {
+    // Returns whether it is finite, and tells whether any element is not zero.
+    __device__ __forceinline__ bool look_at_gradient(bool& nonzero) {
+      bool bad = false, any = false;
+      for (int c = column_; c < count_; c += stride_) {
         load_grad(c, grad_);
 #pragma unroll
-        for (int w = 0; w < kWidth; ++w) any = any || grad_[w] != T(0);
+        for (int w = 0; w < kWidth; ++w) {
+          bad = bad || !(grad_[w] - grad_[w] == T(0));
+          any = any || grad_[w] != T(0);
+        }
       }
-      return __any_sync(lanes_.mask, any);
+      nonzero = __any_sync(lanes_.mask, any);
+      return !__any_sync(lanes_.mask, bad);
     }
 
-    __device__ bool finite() {
-      bool finite = true;
-      for (int c = column_; c < count_ && finite; c += stride_) {
-        load_grad(c, grad_);
-#pragma unroll
-        for (int w = 0; w < kWidth; ++w) finite = finite && grad_[w] - grad_[w] == T(0);
-      }
-      return !__any_sync(lanes_.mask, !finite);
-    }
-
-    __device__ Facts look(const Rule& rule) {
-      const RuleParams& params = item_.params;
-      Facts facts;
-      if (params.nonfinite != Nonfinite::kPropagate) facts.finite = finite();
-      if (params.scale == Scale::kNone) return facts;
-      const bool directed = params.direction != Direction::kSign;
+    // Before rule.scale.
+    __device__ __forceinline__ void look(const Rule& rule, Facts& facts) {
+      const bool directed = Rule::kDirected && item_.params.direction != Direction::kSign;
       scale_ = scaled() ? item_.compact.scales[unit_] : 0.0f;
       for (int c = column_; c < count_; c += stride_) {
         load_param(c);
@@ -285,12 +296,11 @@ struct CompactUpdate {
         facts.params += __shfl_xor_sync(lanes_.mask, facts.params, distance);
         facts.directions += __shfl_xor_sync(lanes_.mask, facts.directions, distance);
       }
-      return facts;
     }
 
     // Of the gradient, added up in the order of the CPU's kernels: of each 256 elements 16 sums, of
     // every 16th element, then these by halves. So there are at least 16 lanes.
-    __device__ double mean_square(const Rule& rule) {
+    __device__ __forceinline__ double mean_square(const Rule& rule) {
       constexpr int kSums = 16;
       double total = 0.0;
       for (int first = 0; first < count_; first += static_cast<int>(kRoundingBlock) * halves()) {
@@ -316,7 +326,7 @@ struct CompactUpdate {
     __device__ int halves() const { return lanes_.count / 16; }
 
     // A row that is behind catches up first; shrunk, it counts as untouched.
-    __device__ void shrink() {
+    __device__ __forceinline__ void shrink() {
       const bool behind = gap_ && gap_->behind;
       if (behind) {
         catch_up_row<T, kStates, kHasRowMoment<Rule>, kWidth>(item_.lazy, item_.compact,
@@ -339,33 +349,33 @@ struct CompactUpdate {
     }
 
     // `counted`: whether the counter has advanced in this step.
-    __device__ RandomUnit random(RoundedStream stream, bool counted) const {
+    __device__ __forceinline__ RandomUnit random(RoundedStream stream, bool counted) const {
       const CompactState<T>& compact = item_.compact;
       const int64_t step = compact.steps ? *compact.steps + (counted ? 0 : 1) : 0;
       return compact.random(stream, step, unit_);
     }
 
-    __device__ bool scaled() const { return kStates > 0 && item_.compact.scales; }
+    __device__ __forceinline__ bool scaled() const { return kStates > 0 && item_.compact.scales; }
 
-    __device__ int64_t offset(int stream, int c) const {
+    __device__ __forceinline__ int64_t offset(int stream, int c) const {
       return item_.rows[stream].offset(unit_, c);
     }
-    __device__ void load_param(int c) {
+    __device__ __forceinline__ void load_param(int c) {
       load_vector<Any>(item_.streams[0], offset(0, c), true, param_);
     }
-    __device__ void load_momentum(int c) {
+    __device__ __forceinline__ void load_momentum(int c) {
       if constexpr (kStates > 0) {
         if (scaled()) load_scaled(item_.streams[1], offset(1, c), scale_, states_[0]);
         else load_vector<Any>(item_.streams[1], offset(1, c), true, states_[0]);
       }
     }
-    __device__ void store_own_param(const RandomUnit& random, int c) const {
+    __device__ __forceinline__ void store_own_param(const RandomUnit& random, int c) const {
       store_param(item_.streams[0], offset(0, c), item_.compact.rounds_param, random, c, param_);
     }
 
     // The unit's summed gradient.
     template <int kCount>
-    __device__ void load_grad(int c, T (&out)[kCount]) const {
+    __device__ __forceinline__ void load_grad(int c, T (&out)[kCount]) const {
       using Values = RunValues<T, Any, kCount>;
       const TableEntries& t = item_.table;
       if (!t.values.data) {
@@ -397,7 +407,36 @@ struct CompactUpdate {
   };
 };
 
-// The works of one rule and arithmetic type, by the kernel that fits.
+// Elements of a lane's vectors: kRoundingBlock fit the registers of a warp.
+constexpr int kWide = kRoundingBlock / kWarp;
+
+// Whether an item goes by vectors. Directions, windows and float64 are rarer, and go without.
+bool goes_wide(const RuleUse& use, const Stream& param) {
+  return param.storage != Storage::kFloat64 && !rule_info(use.params->kind).directed;
+}
+bool is_wide(const RowsItem& item) {
+  bool wide = goes_wide(item.rule, item.param);
+  if (item.values.data) wide = wide && is_aligned(item.values, item.value_stride, item.dim, kWide);
+  const auto look = [&](const Stream& s, const RowLayout& layout) {
+    wide = wide && is_strided(layout) && is_aligned(s, layout.row_stride, item.dim, kWide);
+  };
+  look(item.param, item.param_layout);
+  for (int k = 0; k < rule_info(item.rule.params->kind).states; ++k)
+    look(item.states[k], item.state_layouts[k]);
+  return wide;
+}
+bool is_wide(const DenseItem& item) {
+  bool wide = goes_wide(item.rule, item.param);
+  const auto look = [&](const Stream& s) {
+    wide = wide && is_aligned(s, kRoundingBlock, item.numel, kWide);
+  };
+  look(item.param);
+  if (item.grad.data) look(item.grad);
+  for (int k = 0; k < rule_info(item.rule.params->kind).states; ++k) look(item.states[k]);
+  return wide;
+}
+
+// The works of one rule and arithmetic type.
 template <typename T, typename Rule>
 class Works {
  public:
@@ -416,13 +455,7 @@ class Works {
       w.place = rows.place;
       w.kind = item.direct ? UnitKind::kDirectRows : UnitKind::kSortedRows;
     };
-    bool wide = !item.values.data || is_aligned(item.values, item.value_stride, item.dim, kWide);
-    const auto look = [&](const Stream& s, const RowLayout& layout) {
-      wide = wide && is_strided(layout) && is_aligned(s, layout.row_stride, item.dim, kWide);
-    };
-    look(item.param, item.param_layout);
-    for (int k = 0; k < Rule::kStates; ++k) look(item.states[k], item.state_layouts[k]);
-    add(item, wide, item.entries, item.dim, complete);
+    add(item, is_wide(item), item.entries, item.dim, complete);
   }
 
   void add(const DenseItem& item, const void* resolved) {
@@ -438,30 +471,26 @@ class Works {
       w.numel = item.numel;
       w.kind = UnitKind::kBlocks;
     };
-    bool wide = !item.grad.data || is_aligned(item.grad, kBlock, item.numel, kWide);
-    wide = wide && is_aligned(item.param, kBlock, item.numel, kWide);
-    for (int k = 0; k < Rule::kStates; ++k)
-      wide = wide && is_aligned(item.states[k], kBlock, item.numel, kWide);
-    add(item, wide, blocks, kBlock, complete);
+    add(item, is_wide(item), blocks, kBlock, complete);
   }
 
   void launch(const SortedEntriesCuda& sorted, int32_t* bad, const DeviceContext& context) const {
     const Entries all{sorted.keys, sorted.entry_bits};
-    if constexpr (kWide > 1)
+    if constexpr (kHasWide)
       multi_tensor_apply(wide_,
                          CompactUpdate<T, Rule, kWide, StridedRows>{all, context.found_inf, bad},
                          context.stream);
-    multi_tensor_apply(any_, CompactUpdate<T, Rule, 1, AnyRows>{all, context.found_inf, bad},
-                       context.stream);
+    if constexpr (std::is_same_v<Rule, typename Rule::General>)
+      multi_tensor_apply(any_, CompactUpdate<T, Rule, 1, AnyRows>{all, context.found_inf, bad},
+                         context.stream);
   }
 
  private:
-  // A block of kRoundingBlock elements fits the registers of a warp. float64 is rare here.
-  static constexpr int kWide = sizeof(T) == 4 ? kRoundingBlock / kWarp : 1;
+  static constexpr bool kHasWide = sizeof(T) == 4 && !Rule::kDirected;
 
   template <typename Item, typename Complete>
   void add(const Item& item, bool wide, int64_t units, int64_t dim, const Complete& complete) {
-    if (kWide > 1 && wide) wide_.push_back(work<StridedRows>(item, kWide, units, dim, complete));
+    if (wide) wide_.push_back(work<StridedRows>(item, kWide, units, dim, complete));
     else any_.push_back(work<AnyRows>(item, 1, units, dim, complete));
   }
 
@@ -482,29 +511,29 @@ class Works {
   std::vector<CompactWork<T, Rule, AnyRows>> any_;
 };
 
-// f.template operator()<T, Rule>() for the rules that items are updated by here.
-template <typename F>
-void for_each_general_rule(const F& f) {
-  const auto call = [&]<typename T, typename Rule>() {
-    if constexpr (std::is_same_v<Rule, typename Rule::General>) f.template operator()<T, Rule>();
-  };
-  for_each_group_rule<float>(call);
-  for_each_group_rule<double>(call);
+// Whether the kernels of this rule update an item.
+template <typename T, typename Rule, typename Item>
+bool takes(const Item& item) {
+  if ((item.param.storage == Storage::kFloat64) != (sizeof(T) == sizeof(double))) return false;
+  const RuleKind kind = item.rule.params->kind;
+  return kKindOf<Rule> == (is_wide(item) ? kind : rule_info(kind).general);
 }
 
-template <typename T, typename Rule, typename Item>
-bool is_updated_so(const Item& item) {
-  return kKindOf<Rule> == rule_info(item.rule.params->kind).general &&
-         (item.param.storage == Storage::kFloat64) == (sizeof(T) == sizeof(double));
+template <typename F>
+void for_each_type_and_group_rule(const F& f) {
+  for_each_group_rule<float>(f);
+  for_each_group_rule<double>(f);
 }
 
 void run_rows(const std::vector<CarefulRows>& rows, const SortedEntriesCuda& sorted, int32_t* bad,
               const DeviceContext& context) {
-  if (rows.empty()) return;
-  for_each_general_rule([&]<typename T, typename Rule>() {
+  if (std::none_of(rows.begin(), rows.end(),
+                   [](const CarefulRows& r) { return is_compact(*r.item); }))
+    return;
+  for_each_type_and_group_rule([&]<typename T, typename Rule>() {
     Works<T, Rule> works;
     for (const CarefulRows& r : rows)
-      if (is_compact(*r.item) && is_updated_so<T, Rule>(*r.item)) works.add(r);
+      if (is_compact(*r.item) && takes<T, Rule>(*r.item)) works.add(r);
     works.launch(sorted, bad, context);
   });
 }
@@ -523,12 +552,14 @@ void find_nonfinite_compact(const std::vector<CarefulRows>& rows, const SortedEn
 
 void update_compact_blocks(const std::vector<DenseItem>& items, const RulesOnDevice& rules,
                            const DeviceContext& context) {
-  for_each_general_rule([&]<typename T, typename Rule>() {
+  if (std::none_of(items.begin(), items.end(),
+                   [](const DenseItem& item) { return item.has_blocks(); }))
+    return;
+  for_each_type_and_group_rule([&]<typename T, typename Rule>() {
     if constexpr (!kHasRowMoment<Rule>) {
       Works<T, Rule> works;
       for (size_t i = 0; i < items.size(); ++i)
-        if (items[i].has_blocks() && is_updated_so<T, Rule>(items[i]))
-          works.add(items[i], rules.dense(i));
+        if (items[i].has_blocks() && takes<T, Rule>(items[i])) works.add(items[i], rules.dense(i));
       works.launch({}, nullptr, context);
     }
   });

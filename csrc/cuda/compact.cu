@@ -37,11 +37,12 @@ struct CompactWork {
   UnitKind kind;
 };
 
-// Where units begin, and what rows in a lazy mode have missed.
+// Where units begin, what rows in a lazy mode have missed, and the keys of the random bits.
 template <typename T>
 struct CompactTile {
   RowGap<T> gaps[kThreads];
   RowsOfTile rows;
+  uint64_t param_key, momentum_key;
 };
 
 template <typename T, typename Rule, int kWidth, typename Rows>
@@ -66,6 +67,13 @@ struct CompactUpdate {
     const int64_t begin = static_cast<int64_t>(block) * item.tile;
     const int thread = static_cast<int>(threadIdx.x), step = kThreads / item.lanes;
     CompactTile<T>& shared = shared_memory<CompactTile<T>>();
+    if (thread == 0 && item.compact.steps) {
+      // The counter has advanced already, unless the tensor is not updated.
+      const int64_t number = *item.compact.steps + (verdict == Verdict::kUpdate ? 0 : 1);
+      shared.param_key = item.compact.key(RoundedStream::kParam, number);
+      shared.momentum_key = item.compact.key(RoundedStream::kMomentum, number);
+    }
+    __syncthreads();
     const bool lazy = item.lazy.last_step && !bad;
     if (item.kind != UnitKind::kSortedRows) {
       const int64_t left = t.entries - begin;
@@ -198,8 +206,8 @@ struct CompactUpdate {
       const bool quantises = scaled() && params.adds, kept = count_ <= stride_;
       float scale = scale_;
       uint32_t largest = 0;
-      const RandomUnit for_param = random(RoundedStream::kParam, true);
-      const RandomUnit for_momentum = random(RoundedStream::kMomentum, true);
+      const RandomUnit for_param(keys().param_key, unit_);
+      const RandomUnit for_momentum(keys().momentum_key, unit_);
       // To find the scale, if there is one to find, and to store.
 #pragma unroll 1
       for (bool stores = !quantises;; stores = true) {
@@ -338,8 +346,7 @@ struct CompactUpdate {
         }
       }
       const Shrink<T> rule(item_.params);
-      // A tensor that is not updated does not count the step.
-      const RandomUnit for_param = random(RoundedStream::kParam, item_.kind != UnitKind::kBlocks);
+      const RandomUnit for_param(keys().param_key, unit_);
       for (int c = column_; c < count_; c += stride_) {
         load_param(c);
 #pragma unroll
@@ -348,11 +355,8 @@ struct CompactUpdate {
       }
     }
 
-    // `counted`: whether the counter has advanced in this step.
-    __device__ __forceinline__ RandomUnit random(RoundedStream stream, bool counted) const {
-      const CompactState<T>& compact = item_.compact;
-      const int64_t step = compact.steps ? *compact.steps + (counted ? 0 : 1) : 0;
-      return compact.random(stream, step, unit_);
+    __device__ __forceinline__ static const CompactTile<T>& keys() {
+      return shared_memory<CompactTile<T>>();
     }
 
     __device__ __forceinline__ bool scaled() const { return kStates > 0 && item_.compact.scales; }

@@ -32,8 +32,8 @@ struct CompactState {
         steps(rounding.steps),
         rounds_param(rounding.param) {}
 
-  __device__ RandomUnit random(RoundedStream stream, int64_t step, int64_t unit) const {
-    return {rounding_key(seed, stream, step, position), unit};
+  __device__ uint64_t key(RoundedStream stream, int64_t step) const {
+    return rounding_key(seed, stream, step, position);
   }
 };
 
@@ -193,7 +193,7 @@ __device__ void catch_up_row(const LazyTable& lazy, const CompactState<T>& compa
   const bool by_blocks = compact.block_scales > 0;
   float scale = scaled && !by_blocks ? decayed_scale(of_units, compact.scales[row]) : 0.0f;
   if (scaled) missed.factor[0] = T(1);
-  const RandomUnit random = compact.random(RoundedStream::kParamCaughtUp, lazy.current(), row);
+  const RandomUnit random(compact.key(RoundedStream::kParamCaughtUp, lazy.current()), row);
   for (int64_t c = lanes.own * kWidth; c < dim; c += lanes.count * kWidth) {
     T param[kWidth], states[kSlots<kStates>][kWidth];
     load_vector<Any>(streams[0], rows[0].offset(row, c), true, param);

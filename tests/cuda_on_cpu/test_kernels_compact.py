@@ -243,9 +243,9 @@ def test_accumulation_windows(rule, layout, dtype):
     grads = []
     for n in range(7):
         if layout == "sparse":
-            grads.append([entries(p, [n, n, 11 - n]) if n != 3 else None for p in params])
+            grads.append([entries(p, [n, n, 7, 11 - n]) if n != 3 else None for p in params])
         else:
-            grads.append([some_rows(p, n, 11 - n) if n != 3 else None for p in params])
+            grads.append([some_rows(p, n, 7, 11 - n) if n != 3 else None for p in params])
     options = {"rows": "nonzero"} if layout == "rows" else {}
     compare(problem(rule, params, grads, accumulation_steps=3, **options))
 

@@ -217,14 +217,15 @@ def test_nonfinite_rows(rule, lazy, nonfinite, layout):
 
 @pytest.mark.parametrize("lazy", ["decay", "exact"])
 @pytest.mark.parametrize("layout", ["sparse", "dense", "rows"])
-def test_accumulation_windows(lazy, layout):
+@pytest.mark.parametrize("rule", [RULES[0], COMPACT_RULES[0]], ids=lambda r: r.name)
+def test_accumulation_windows(lazy, layout, rule):
     p = parameter(15, 9)
     grads = []
     for n in range(12):
         g = touches(p, n)
         grads.append([g if layout == "sparse" or g is None else g.to_dense()])
     options = {"rows": "nonzero"} if layout == "rows" else {}
-    compare(table(RULES[0], lazy, [p], grads, accumulation_steps=3, **options), flush=(4,))
+    compare(table(rule, lazy, [p], grads, accumulation_steps=3, **options), flush=(4,))
 
 
 @every_mode

@@ -46,7 +46,7 @@ SIGN_RULES = RULES[:2]
 
 def _compact(name: str, base: int, **options: Any) -> Rule:
     rule = RULES[base]
-    return Rule(f"{rule.name}-{name}", rule.cls, {**rule.options, **options, "rounding_seed": 77})
+    return Rule(f"{rule.name}-{name}", rule.cls, {**rule.options, **options})
 
 
 # Rules whose state costs little, and whose parameters are rounded at random in half precision.

@@ -4,6 +4,7 @@
 The lazy modes of the same rules are in test_kernels_lazy.py.
 """
 
+import contextlib
 import functools
 import math
 
@@ -18,6 +19,7 @@ from both import (
     Problem,
     Side,
     assert_agree,
+    assert_close,
     compare,
     cpu_kernels,
     device_step,
@@ -28,6 +30,7 @@ from both import (
     shifted,
 )
 from cases import COMPACT_RULES, FLOATS, clock_of, dense_grad, floats, parameter, views
+from oracle import same_bits
 from torch.nn import Parameter
 
 F32, F64, BF16, F16 = FLOATS.values()
@@ -84,6 +87,29 @@ def test_rows_of_strided_gradients(rule, rows, dtype, dim):
     p = parameter(14, dim, dtype=dtype)
     grads = [[entries(p, [1, 5, 5])], *[[some_rows(p, n, 7, 13 - n)] for n in range(3)]]
     compare(problem(rule, [p], grads, rows=rows))
+
+
+@every_rule
+def test_tracked_rows(rule):
+    start, factors = torch.randn(12, 40).to(BF16), torch.randn(3, 40)
+    weights = []
+    for device, kernels in ((CPU, cpu_kernels()), (DEVICE, contextlib.nullcontext())):
+        with kernels:
+            table = torch.nn.Embedding(12, 40, _weight=start.clone()).to(device)
+            opt = rule([table.weight], rows="tracked", fused=True)
+            opt.track(table)
+            for n in range(3):
+                opt.zero_grad()
+                used = table(torch.tensor([n, 7, 9], device=device)).float()
+                (used * factors.to(device) * (n > 0)).sum().backward()  # at first a zero gradient
+                opt.step()
+            weights.append(table.weight)
+    if ON_GPU:
+        assert_close(weights[1], weights[0], 3, "weight")
+    else:
+        assert_agree(weights[1], weights[0], "weight")
+    assert same_bits(weights[1].detach().cpu()[10], start[10])
+    assert not same_bits(weights[1].detach().cpu()[0], start[0])  # it was used
 
 
 @every_rule

@@ -65,6 +65,9 @@ def agree(found, expected, label, steps):
     """Compare snapshots: on a GPU exp and log may differ from the host's in the last bit."""
     assert found.keys() == expected.keys()
     for name, t in found.items():
+        if ON_GPU and t.dtype == torch.int8:  # rounded at random: to the other neighbour
+            assert bool(((t.int() - expected[name].int()).abs() <= steps).all())
+            continue
         if not (ON_GPU and t.is_floating_point()):
             assert_agree(t, expected[name], f"{label}: {name}")
             continue

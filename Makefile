@@ -124,7 +124,8 @@ fuzz: build build/sanitize/.built
 
 # Every CUDA kernel, compiled by the host compiler and run by the emulator in tests/cuda_on_cpu.
 EMULATED := test_dense test_rows test_determinism test_optimizer test_checked_memory
-EMULATED_NATIVE := test_directions test_relative_lr test_accumulation test_touched_rows test_nonfinite
+EMULATED_NATIVE := test_directions test_relative_lr test_accumulation test_touched_rows test_nonfinite \
+  test_storage
 EMULATED_LAZY := test_lazy test_history test_grad_scaler test_checkpointing test_schedulers \
   test_torch_contract_lazy test_freezing test_handed_on test_other_writers test_changes
 EMULATE = cd build/cuda-on-cpu/lib && OMP_NUM_THREADS=1 TIGER_EXT_CUDA_ON_CPU=1 $(SANITIZED) \

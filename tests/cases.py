@@ -44,6 +44,24 @@ every_rule = pytest.mark.parametrize("rule", RULES, ids=lambda r: r.name)
 SIGN_RULES = RULES[:2]
 
 
+def _compact(name: str, base: int, **options: Any) -> Rule:
+    rule = RULES[base]
+    return Rule(f"{rule.name}-{name}", rule.cls, {**rule.options, **options})
+
+
+# Rules whose state costs little, and whose parameters are rounded at random in half precision.
+COMPACT_RULES = [
+    _compact("int8", 0, momentum_dtype=torch.int8),
+    _compact("int8-rounding", 1, momentum_dtype=torch.int8, stochastic_rounding=True),
+    _compact("rounding", 0, stochastic_rounding=True),
+    _compact("rounding", 2, stochastic_rounding=True),
+    _compact("int8", 2, momentum_dtype=torch.int8),
+    _compact("row", 2, second_moment="row", stochastic_rounding=True),
+    _compact("row-int8", 2, second_moment="row", momentum_dtype=torch.int8),
+    _compact("row", 3, second_moment="row"),
+]
+
+
 def floats(name: str):
     """Parametrize an argument over the four storage types."""
     return pytest.mark.parametrize(name, FLOATS.values(), ids=[f"{name}={k}" for k in FLOATS])

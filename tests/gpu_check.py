@@ -48,6 +48,9 @@ SANITIZED = (
     " or test_rows_catch_up and 64-float32 and (tiger-exact or adamw-decay)"
     " or test_tracked_reads and 64-tiger-exact"
     " or test_strided_gradients_after_sparse_ones and contiguous and tiger-exact"
+    " or test_sparse_rows and (float32-300-tiger-int8 or bfloat16-64-adamw-row)"
+    " or test_blocks_that_begin_anywhere and 8-lion-int8-rounding"
+    " or test_a_flush_brings_all_rows_up_to_date and (lion-int8-rounding or adamw-row-int8)"
 )
 SANITIZER_ERROR = 86
 LOG_BYTES = 8 << 20

@@ -17,20 +17,7 @@ from tiger_ext.options import Moment, algorithm_of, direction_scale, moments_of
 from tiger_ext.parameters import parameter_name
 from tiger_ext.rounding import Draws, keep_seed, rounds
 
-__all__ = ["GroupStep", "group_steps", "is_row_lazy", "lacks_kernels", "storage_of"]
-
-
-def lacks_kernels(options: Mapping[str, Any], device: torch.device) -> str | None:
-    """Return which option of a group has no native kernels there, so that the reference is used."""
-    if device.type == "cpu":
-        return None
-    if options.get("second_moment", "element") != "element":
-        return f"second_moment={options['second_moment']!r}"
-    if options["stochastic_rounding"]:
-        return "stochastic_rounding=True"
-    if options["momentum_dtype"] == torch.int8:
-        return "momentum_dtype=torch.int8"
-    return None
+__all__ = ["GroupStep", "group_steps", "is_row_lazy", "storage_of"]
 
 
 def storage_of(options: Mapping[str, Any]) -> tuple[Any, ...]:

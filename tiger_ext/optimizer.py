@@ -18,7 +18,7 @@ from tiger_ext import _native, lazy, observers
 from tiger_ext.capture import is_capturing
 from tiger_ext.clocks import Clocks, without_placeholders
 from tiger_ext.finish import finish
-from tiger_ext.group_step import GroupStep, group_steps, lacks_kernels
+from tiger_ext.group_step import GroupStep, group_steps
 from tiger_ext.loading import Loaded, fill_in
 from tiger_ext.moments import check_shapes
 from tiger_ext.options import ALGORITHMS, algorithm_of, complete_group, plain_option
@@ -196,9 +196,7 @@ class MixedOptimizer(torch.optim.Optimizer):
     def _step_supports_amp_scaling(self) -> bool:
         """Whether GradScaler may leave the division by its scale to the step: to the kernels."""
         return _native.C is not None and all(
-            group["fused"] is not False
-            and lacks_kernels(group, group["params"][0].device) is None
-            and _native.has_kernels(group["params"][0].device.type)
+            group["fused"] is not False and _native.has_kernels(group["params"][0].device.type)
             for group in self.param_groups
             if group["params"]
         )

@@ -20,7 +20,7 @@ from tiger_ext import _native
 from tiger_ext.capture import check_capture, check_reference, is_capturing
 from tiger_ext.clocks import GroupClock
 from tiger_ext.finish import finish
-from tiger_ext.group_step import GroupStep, group_steps, is_row_lazy, lacks_kernels
+from tiger_ext.group_step import GroupStep, group_steps, is_row_lazy
 from tiger_ext.history import MAX_STEPS
 from tiger_ext.lazy import (
     Counting,
@@ -423,8 +423,6 @@ class Step:
         p, label = group.params[position], self._label(group.index, position)
         if _native.unavailable:
             return f"{label}: fused=True, but {_native.unavailable}"
-        if lacking := lacks_kernels(group.options, p.device):
-            return f"{label}: fused=True, but {lacking} has no native kernels yet"
         if p.device.type == "cuda" and not _native.C.build_info()["cuda"]:  # type: ignore[union-attr]
             return (
                 f"{label}: fused=True, but this build of tiger_ext has no CUDA kernels (it was "

@@ -177,11 +177,8 @@ bool catch_up(const at::Tensor& param, const std::vector<at::Tensor>& states,
               int64_t position, const std::optional<at::Tensor>& ids, int64_t begin, int64_t end,
               const std::optional<int32_t>& until, const std::optional<at::Tensor>& scale) {
   const CatchUpFunction function = catch_up_function(param.device().type());
-  const bool compact =
-      scale || (rule.row_moment && param.dim() >= 2) || (rule.rounds && is_half(param));
   if (!function || !history.has(param.device()) || !is_plain(param) ||
       param.layout() != at::kStrided || !is_storage_type(param.scalar_type()) ||
-      (compact && history_copy_factory(param.device().type())) ||
       (until && history_copy_factory(param.device().type())))
     return false;
   Update u;

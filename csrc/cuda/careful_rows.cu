@@ -351,7 +351,8 @@ void run(const std::vector<CarefulRows>& rows, const SortedEntriesCuda& sorted, 
   CarefulWorks<T, Rule, true> direct_works;
   for (const CarefulRows& r : rows) {
     const RowsItem& item = *r.item;
-    if (item.dim == 0 || kKindOf<Rule> != rule_info(item.rule.params->kind).general ||
+    if (item.dim == 0 || is_compact(item) ||
+        kKindOf<Rule> != rule_info(item.rule.params->kind).general ||
         (item.param.storage == Storage::kFloat64) != (sizeof(T) == sizeof(double)))
       continue;
     if (item.direct) direct_works.add(r);
@@ -376,11 +377,13 @@ void run_all(const std::vector<CarefulRows>& rows, const SortedEntriesCuda& sort
 void update_careful_rows(const std::vector<CarefulRows>& rows, const SortedEntriesCuda& sorted,
                          const DeviceContext& context) {
   run_all(rows, sorted, nullptr, context);
+  update_compact_rows(rows, sorted, context);
 }
 
 void find_nonfinite(const std::vector<CarefulRows>& rows, const SortedEntriesCuda& sorted,
                     int32_t* bad, const DeviceContext& context) {
   run_all(rows, sorted, bad, context);
+  find_nonfinite_compact(rows, sorted, bad, context);
 }
 
 }  // namespace tiger_ext

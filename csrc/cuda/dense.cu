@@ -227,10 +227,12 @@ void DenseRoadCuda::run(const RulesOnDevice& rules) const {
     Works<T, Rule> works;
     for (size_t i = 0; i < items_->size(); ++i) {
       const DenseItem& item = (*items_)[i];
-      if (is_updated_by<T, Rule>(item.rule, item.param)) works.add(item, rules.dense(i));
+      if (!item.has_blocks() && is_updated_by<T, Rule>(item.rule, item.param))
+        works.add(item, rules.dense(i));
     }
     works.launch(*context_);
   });
+  update_compact_blocks(*items_, rules, *context_);
 }
 
 }  // namespace tiger_ext

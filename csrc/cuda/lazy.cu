@@ -277,7 +277,7 @@ void run(const std::vector<RowsToCatchUp>& work, const DeviceContext& context) {
   CatchUpWorks<T, kStates, false> ranges;
   for (const RowsToCatchUp& rows : work) {
     const RowsItem& item = *rows.item;
-    if (item.dim == 0 || (item.states[1].data ? 2 : 1) != kStates ||
+    if (item.dim == 0 || is_compact(item) || (item.states[1].data ? 2 : 1) != kStates ||
         (item.param.storage == Storage::kFloat64) != (sizeof(T) == sizeof(double)))
       continue;
     if (rows.ids) named.add(rows);
@@ -312,6 +312,7 @@ void catch_up_rows(const std::vector<RowsToCatchUp>& work, const DeviceContext& 
   run<float, 2>(work, context);
   run<double, 1>(work, context);
   run<double, 2>(work, context);
+  catch_up_compact_rows(work, context);
   std::vector<StampClocks::Item> clocks;
   for (const RowsToCatchUp& rows : work)
     if (!rows.ids)

@@ -51,6 +51,9 @@ struct RowsToCatchUp {
 };
 void catch_up_rows(const std::vector<RowsToCatchUp>& work, const DeviceContext& context);
 
+// Those of tables with compact state; not their clocks.
+void catch_up_compact_rows(const std::vector<RowsToCatchUp>& work, const DeviceContext& context);
+
 // After the dense road: the clocks of tensors with strided gradients, as far as their verdicts let
 // them be updated.
 void stamp_dense(const std::vector<DenseItem>& items, const RulesOnDevice& rules,

@@ -40,11 +40,17 @@ struct RowGap {
   // `last` is the row's clock; the streams are those of the states.
   template <int kStates>
   __device__ void look_up(const LazyTable& table, int32_t last, const Stream* states) {
+    T floors[kStates];
+    for (int k = 0; k < kStates; ++k) floors[k] = smallest_kept<T>(states[k].storage);
+    look_up_with<kStates>(table, last, floors);
+  }
+
+  // With what no state falls below.
+  template <int kStates>
+  __device__ void look_up_with(const LazyTable& table, int32_t last, const T* floors) {
     const int32_t from = current_up_to(last), to = table.current();
     behind = from < to;
     if (!behind) return;
-    T floors[kStates];
-    for (int k = 0; k < kStates; ++k) floors[k] = smallest_kept<T>(states[k].storage);
     const SkippedSteps skipped =
         skipped_steps(table.clock->stretches, table.clock->count, from, to);
     catch_up = catch_up_with<T, kStates>(missed(skipped, kStates == 2), floors);

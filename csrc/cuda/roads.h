@@ -124,10 +124,22 @@ void update_careful_rows(const std::vector<CarefulRows>& rows, const SortedEntri
 void find_nonfinite(const std::vector<CarefulRows>& rows, const SortedEntriesCuda& sorted,
                     int32_t* bad, const DeviceContext& context);
 
+// Whether its state is compact, or it is rounded stochastically: cuda/compact.cu has it.
+inline bool is_compact(const RowsItem& item) {
+  return item.scales || item.row_moment || item.rule.rounding.param;
+}
+void update_compact_rows(const std::vector<CarefulRows>& rows, const SortedEntriesCuda& sorted,
+                         const DeviceContext& context);
+void find_nonfinite_compact(const std::vector<CarefulRows>& rows, const SortedEntriesCuda& sorted,
+                            int32_t* bad, const DeviceContext& context);
+// Of the dense road, the tensors that go by blocks.
+void update_compact_blocks(const std::vector<DenseItem>& items, const RulesOnDevice& rules,
+                           const DeviceContext& context);
+
 inline bool needs_care(const RowsItem& item) {
   const RuleParams& rule = *item.rule.params;
-  return item.direct || rule_info(rule.kind).directed || rule.looks() || item.rule.window ||
-         (item.rule.last_step && item.dim > kColumnTile);
+  return item.direct || is_compact(item) || rule_info(rule.kind).directed || rule.looks() ||
+         item.rule.window || (item.rule.last_step && item.dim > kColumnTile);
 }
 
 }  // namespace tiger_ext

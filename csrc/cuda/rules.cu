@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cuda/rules.cuh"
 
+#include "cuda/compact.cuh"
 #include "cuda/multi_tensor.cuh"
 #include "cuda/vectors.cuh"
 
@@ -9,7 +10,8 @@ namespace {
 
 constexpr int64_t kSlotBytes = 128;
 static_assert(sizeof(ResolvedRule<Momentum<double>>) <= kSlotBytes &&
-              sizeof(ResolvedRule<AdamW<double>>) <= kSlotBytes);
+              sizeof(ResolvedRule<AdamW<double>>) <= kSlotBytes &&
+              sizeof(ResolvedRule<AdamWByRow<double>>) <= kSlotBytes);
 
 // The sum of every thread's facts, in a fixed order, for thread 0.
 __device__ Facts sum_over_block(const Facts& own) {
@@ -38,6 +40,7 @@ struct LookDense {
   struct Item {
     RuleParams params;
     Stream param, grad, exp_avg;
+    const float* scales;  // of exp_avg in int8, or null
     const int32_t* window;
     int64_t numel;
     Facts* facts;   // one a chunk, or null
@@ -73,7 +76,8 @@ struct LookDense {
         facts.params += static_cast<double>(x[0]) * static_cast<double>(x[0]);
       }
       if (directed) {
-        load_vector<Any>(item.exp_avg, i, true, x);
+        if (item.scales) load_scaled(item.exp_avg, i, item.scales[i / kRoundingBlock], x);
+        else load_vector<Any>(item.exp_avg, i, true, x);
         rule.with_direction([&]<Direction kDirection>() {
           const double d = static_cast<double>(rule.template direction_at<kDirection>(g[0], x[0]));
           facts.directions += d * d;
@@ -131,8 +135,8 @@ struct ResolveRule {
   template <typename T>
   __device__ static void write(const RuleParams& params, Verdict verdict, void* slot) {
     with_rule<T>(params.kind, [&]<typename, typename Rule>() {
-      // The others are a verdict here, or have no kernels; never an item's rule.
-      if constexpr (kIsOfGroups<Rule> && !kHasRowMoment<Rule>)
+      // The others are a verdict here, never an item's rule.
+      if constexpr (kIsOfGroups<Rule>)
         *static_cast<ResolvedRule<Rule>*>(slot) = {verdict, Rule(params)};
     });
   }
@@ -140,7 +144,7 @@ struct ResolveRule {
 
 template <typename T>
 typename LookDense<T>::Item look_at(const DenseItem& item, Facts* facts, int32_t place) {
-  return {*item.rule.params, item.param, item.grad, item.states[0],
+  return {*item.rule.params, item.param, item.grad, item.states[0], item.scales,
           item.rule.window,  item.numel, facts,     place};
 }
 

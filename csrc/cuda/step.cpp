@@ -8,11 +8,13 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include <algorithm>
 #include <map>
 #include <memory>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cuda/fault_memory.h"
@@ -70,6 +72,7 @@ class OneDevice {
       check_rows(u, u.last_step.dim());
       lagging_.add_table(u);
     }
+    closes_ = closes_ || !u.rule.adds;
     raises_ = raises_ || (u.rule.nonfinite == Nonfinite::kRaise && u.rule.adds);
     builder_.add(u, u.lr.defined() ? learning_rate(u.lr) : nullptr,
                  u.step.defined() ? u.step.mutable_data_ptr<int64_t>() : nullptr);
@@ -113,10 +116,17 @@ class OneDevice {
     histories_.push_back(static_cast<HistoryCopyCuda*>(step.copy)->advance(step, lr));
   }
   void will_advance(const at::Tensor& counter) {
+    // One that may have advanced in this pass, which closes windows, counts once all the same. (The
+    // host has read found_inf where there are windows.)
+    if (closes_ && advances(counter.const_data_ptr<int64_t>())) {
+      own_counters_.emplace_back(counter, counter.add(1));
+      return;
+    }
     histories_.push_back({});
     histories_.back().counter = counter.mutable_data_ptr<int64_t>();
   }
   void advance() const {
+    for (const auto& [counter, next] : own_counters_) counter.copy_(next);
     if (histories_.empty()) return;
     std::optional<FaultMemoryUse> use;
     if (context_.faults) use.emplace(context_.faults, context_.stream);
@@ -126,6 +136,17 @@ class OneDevice {
  private:
   void report_to(Faults& faults) {
     context_.faults = faults.slot(device_.index(), make_fault_memory);
+  }
+
+  // Whether `apply` may advance a counter.
+  bool advances(const int64_t* counter) {
+    const auto has = [&](const auto& items) {
+      return std::any_of(items.begin(), items.end(),
+                         [&](const auto& item) { return item.rule.step == counter; });
+    };
+    return has(builder_.dense()) || has(builder_.rows()) || has(builder_.direct()) ||
+           std::any_of(builder_.idle().begin(), builder_.idle().end(),
+                       [&](const RuleUse& use) { return use.step == counter; });
   }
 
   // For nonfinite="raise", the one option for which the host waits.
@@ -185,9 +206,10 @@ class OneDevice {
   ItemBuilder builder_;
   ItemBuilder lagging_;  // tables with strided gradients in a lazy mode
   std::vector<HistoryAdvance> histories_;
+  std::vector<std::pair<at::Tensor, at::Tensor>> own_counters_;  // and what they become
   at::Tensor lr_source_;
   const double* lr_ = nullptr;
-  bool raises_ = false, prepared_ = false;
+  bool raises_ = false, closes_ = false, prepared_ = false;
   RulesOnDevice rules_;
   DenseRoadCuda dense_road_;
   RowsRoadCuda rows_road_;
@@ -200,8 +222,6 @@ class CudaStep final : public DeviceStep {
 
   void add(Update& u) override {
     check_update(u);
-    if (u.scale.defined() || u.row_moment.defined())
-      refuse(u, "there are no CUDA kernels for a momentum in int8 or a second moment a row");
     // The kernels look at float32 values, where the smallest float64 ones are zero.
     if (u.rule.touched == Touched::kNonzero && u.grad.defined() &&
         u.grad.scalar_type() == at::kDouble && u.param.scalar_type() != at::kDouble) {
@@ -212,6 +232,8 @@ class CudaStep final : public DeviceStep {
   }
 
   bool lags(const Update&) const override { return false; }  // `apply` looks
+
+  bool takes_compact_state() const override { return true; }
 
   void prepare() override {
     for (const auto& [index, device] : devices_) {
@@ -241,6 +263,7 @@ class CudaStep final : public DeviceStep {
   }
 
   void advance() override {
+    const at::NoGradGuard no_grad;
     for (const auto& [index, device] : devices_) {
       const c10::cuda::CUDAGuard guard(device->device());
       device->advance();

@@ -98,7 +98,7 @@ __device__ __forceinline__ void load_vector(const Stream& s, int64_t offset, boo
       return load_packed(static_cast<const double*>(s.data) + offset, aligned, out);
     case Storage::kBFloat16:
       return load_packed(static_cast<const BFloat16*>(s.data) + offset, aligned, out);
-    default:  // float16: a GPU takes no momentum in int8 yet
+    default:  // float16: a momentum in int8 goes through compact.cuh
       break;
   }
   load_packed(static_cast<const Float16*>(s.data) + offset, aligned, out);
@@ -114,7 +114,7 @@ __device__ __forceinline__ void store_vector(const Stream& s, int64_t offset, bo
       return store_packed(static_cast<double*>(s.data) + offset, aligned, in);
     case Storage::kBFloat16:
       return store_packed(static_cast<BFloat16*>(s.data) + offset, aligned, in);
-    default:  // float16: a GPU takes no momentum in int8 yet
+    default:  // float16: a momentum in int8 goes through compact.cuh
       break;
   }
   store_packed(static_cast<Float16*>(s.data) + offset, aligned, in);

@@ -61,6 +61,19 @@ void for_each_elementwise_rule(const F& f) {
   for_each_elementwise_rule_in<T>(AllRules(), f);
 }
 
+// Likewise for every rule of groups.
+template <typename T, typename F, template <typename> class... Rules>
+void for_each_group_rule_in(RuleList<Rules...>, const F& f) {
+  const auto call = [&]<typename Rule>() {
+    if constexpr (kIsOfGroups<Rule>) f.template operator()<T, Rule>();
+  };
+  (call.template operator()<Rules<T>>(), ...);
+}
+template <typename T, typename F>
+void for_each_group_rule(const F& f) {
+  for_each_group_rule_in<T>(AllRules(), f);
+}
+
 // What those know of a rule that have its kind alone.
 struct RuleInfo {
   const char* family = nullptr;  // null: it is no rule of a parameter group

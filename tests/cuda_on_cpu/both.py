@@ -323,8 +323,16 @@ def _assert_rest_unchanged(side: Side, start: dict[str, Tensor]) -> None:
             after = memory(t)
             before = start.get(label, torch.zeros_like(after))
             mine = torch.zeros(after.shape, dtype=torch.bool, device=p.device)
-            torch.as_strided(mine, t.shape, t.stride(), t.storage_offset())[touched] = True
+            own = touched if t.shape == p.shape else _touched_units(touched, t)
+            torch.as_strided(mine, t.shape, t.stride(), t.storage_offset())[own] = True
             assert agree(after[~mine], before[~mine]), f"{label}: written where nothing was touched"
+
+
+def _touched_units(touched: Tensor, t: Tensor) -> Tensor:
+    """Return which numbers of a state that has one a row, or one a block, may have changed."""
+    if t.shape == touched.shape[: t.dim()]:
+        return touched.flatten(t.dim()).any(-1)
+    return torch.ones(t.shape, dtype=torch.bool, device=t.device)
 
 
 # ------------------------------------------------------------------------ what kernels read at once

@@ -19,7 +19,7 @@ from both import (
     moved,
     problem,
 )
-from cases import RULES, clock_of, dense_grad, every_rule, parameter, sparse_grad
+from cases import COMPACT_RULES, RULES, clock_of, dense_grad, every_rule, parameter, sparse_grad
 from oracle import same_bits, unchanged
 from torch.nn import Parameter
 
@@ -27,13 +27,16 @@ import tiger_ext
 
 pytestmark = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 
+all_rules = pytest.mark.parametrize("rule", [*RULES, *COMPACT_RULES], ids=lambda r: r.name)
 # Long enough to notice whether something waited for it; about a second.
 LONG = 2_000_000_000
 
 
 def mixed(rule, steps=3, **options):
     """Make a problem with dense and sparse gradients that keep their sizes from step to step."""
-    params = [parameter(5000), parameter(30, 20).T, parameter(300, 20), parameter(50, 64)]
+    dtype = torch.bfloat16 if rule in COMPACT_RULES else torch.float32
+    params = [parameter(*shape, dtype=dtype) for shape in ((5000,), (30, 20), (300, 20), (50, 64))]
+    params[1] = params[1].T
 
     def grads():
         ids = (torch.rand(2000) ** 6 * 300).long()
@@ -59,7 +62,7 @@ def copy_grads(side, grads):
 # ---------------------------------------------------------------------------------------- streams
 
 
-@every_rule
+@all_rules
 def test_the_current_stream_does_the_work(rule):
     task = mixed(rule)
     expected, side = Side(task, DEVICE), Side(task, DEVICE)
@@ -80,7 +83,7 @@ def test_the_current_stream_does_the_work(rule):
     assert_same(side, expected)
 
 
-@every_rule
+@all_rules
 @pytest.mark.parametrize("amp", [False, True], ids=["plain", "amp"])
 def test_a_step_never_waits_for_the_gpu(rule, amp):
     task = mixed(rule, steps=4)
@@ -105,7 +108,7 @@ def test_a_step_never_waits_for_the_gpu(rule, amp):
     torch.cuda.synchronize()
 
 
-@every_rule
+@all_rules
 def test_the_first_step_does_not_synchronize(rule):
     side = Side(mixed(rule), DEVICE)
     for p, grad in zip(side.params, side.task.steps[0]):
@@ -152,7 +155,7 @@ def capture(side, advance):
     return graph
 
 
-@every_rule
+@all_rules
 def test_a_captured_step_is_replayed(rule):
     rates = (0.02, 0.3, 1e-3, 0.05)
     task = mixed(rule, steps=4, capturable=True)
@@ -169,7 +172,7 @@ def test_a_captured_step_is_replayed(rule):
         assert_same(side, eager)
 
 
-@every_rule
+@all_rules
 def test_a_captured_step_reads_the_amp_tensors(rule):
     task = mixed(rule, steps=5, capturable=True)
     eager, side = Side(task, DEVICE), Side(task, DEVICE)

@@ -24,7 +24,7 @@ from both import (
     moved,
     synchronize,
 )
-from cases import FLOATS, RULES, clock_of, dense_grad, parameter, views
+from cases import COMPACT_RULES, FLOATS, RULES, clock_of, dense_grad, parameter, views
 from torch.nn import Parameter
 
 from tiger_ext.reading import Reader
@@ -32,6 +32,7 @@ from tiger_ext.reading import Reader
 F32, F64, BF16, F16 = FLOATS.values()
 MODES = [(rule, mode) for rule in RULES[:2] for mode in ("decay", "exact")]
 MODES += [(rule, "decay") for rule in RULES[2:]]
+MODES += [(COMPACT_RULES[0], "exact"), *((rule, "decay") for rule in COMPACT_RULES[1:])]
 every_mode = pytest.mark.parametrize(
     "rule,lazy", MODES, ids=[f"{rule.name}-{mode}" for rule, mode in MODES]
 )
@@ -64,6 +65,9 @@ def agree(found, expected, label, steps):
     """Compare snapshots: on a GPU exp and log may differ from the host's in the last bit."""
     assert found.keys() == expected.keys()
     for name, t in found.items():
+        if ON_GPU and t.dtype == torch.int8:  # rounded at random: to the other neighbour
+            assert bool(((t.int() - expected[name].int()).abs() <= steps).all())
+            continue
         if not (ON_GPU and t.is_floating_point()):
             assert_agree(t, expected[name], f"{label}: {name}")
             continue
@@ -216,14 +220,15 @@ def test_nonfinite_rows(rule, lazy, nonfinite, layout):
 
 @pytest.mark.parametrize("lazy", ["decay", "exact"])
 @pytest.mark.parametrize("layout", ["sparse", "dense", "rows"])
-def test_accumulation_windows(lazy, layout):
+@pytest.mark.parametrize("rule", [RULES[0], COMPACT_RULES[0]], ids=lambda r: r.name)
+def test_accumulation_windows(lazy, layout, rule):
     p = parameter(15, 9)
     grads = []
     for n in range(12):
         g = touches(p, n)
         grads.append([g if layout == "sparse" or g is None else g.to_dense()])
     options = {"rows": "nonzero"} if layout == "rows" else {}
-    compare(table(RULES[0], lazy, [p], grads, accumulation_steps=3, **options), flush=(4,))
+    compare(table(rule, lazy, [p], grads, accumulation_steps=3, **options), flush=(4,))
 
 
 @every_mode

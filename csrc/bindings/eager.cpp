@@ -149,10 +149,6 @@ RuleParams without_rows(const RuleParams& group) {
   return r;
 }
 
-bool is_half(const at::Tensor& t) {
-  return t.scalar_type() == at::kBFloat16 || t.scalar_type() == at::kHalf;
-}
-
 // Whether a scale or moment has numbers for the rows that an update goes by: `row_dims` dimensions
 // make a row, any number of them if it is -1.
 bool has_rows(const Update& u, const at::Tensor& t, int64_t row_dims) {
@@ -279,12 +275,10 @@ class Step {
         if (in_window < 0) throw py::error_already_set();
         if (!in_window) continue;
       }
-      DeviceStep* device = device_step(u.param.device().type());
+      DeviceStep* const device = device_step(u.param.device().type());
       const bool sparse = rule.adds && u.grad.layout() == at::kSparse;
-      const bool rounds = rule.rounds && is_half(u.param);
-      const bool compact = rounds || rule.quantises || (rule.row_moment && u.param.dim() >= 2);
       if (!device || !is_plain(u.param) || u.param.layout() != at::kStrided ||
-          !is_storage_type(u.param.scalar_type()) || (compact && !device->takes_compact_state()) ||
+          !is_storage_type(u.param.scalar_type()) ||
           (rule.adds && (!is_plain(u.grad) || !(sparse || u.grad.layout() == at::kStrided)))) {
         not_native.append(i);
         continue;

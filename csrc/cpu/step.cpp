@@ -63,8 +63,6 @@ class CpuStep final : public DeviceStep {
                        [&](int32_t l) { return current_up_to(l) < u.rule.current; });
   }
 
-  bool takes_compact_state() const override { return true; }
-
   std::optional<bool> cancelled() const override { return cancelled_; }
 
   // Histories that the CPU reads belong to the host.

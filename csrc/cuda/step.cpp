@@ -233,8 +233,6 @@ class CudaStep final : public DeviceStep {
 
   bool lags(const Update&) const override { return false; }  // `apply` looks
 
-  bool takes_compact_state() const override { return true; }
-
   void prepare() override {
     for (const auto& [index, device] : devices_) {
       const c10::cuda::CUDAGuard guard(device->device());

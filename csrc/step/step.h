@@ -92,8 +92,6 @@ class DeviceStep {
   // Whether rows of a strided gradient's parameter are behind, so that the caller must bring them
   // up to date before `apply`. A device that cannot tell does it in `apply`.
   virtual bool lags(const Update& update) const = 0;
-  // Whether there are kernels for momenta in int8, stochastic rounding and moments of rows.
-  virtual bool takes_compact_state() const { return false; }
   virtual void prepare() = 0;
   // Whether found_inf cancels the step. Then `apply` must not be called. A device that cannot tell
   // without waiting, and says nothing, leaves its tensors alone in `apply`.

@@ -62,6 +62,7 @@ class Run(Steps):
         if group is not None and group.micro_steps == 0 and self.training[name] == frozen:
             self.do(f"{name}.requires_grad_({not frozen})")
             self.training[name] = not frozen
+            group.params[name].was_frozen = True
 
     def op_set(self, op: Op) -> None:
         i, key, value = op.options["group"], op.options["key"], op.options["value"]
@@ -74,6 +75,11 @@ class Run(Steps):
             if group.options["betas"][0] == 0:
                 return  # what is stored would change
             value = tuple(value[: len(group.options["betas"])])
+        if key in ("momentum_dtype", "second_moment", "stochastic_rounding"):
+            if group.accumulation > 1 or value_of(value) == group.options[key]:
+                return
+            for p in group.params.values():
+                p.changed_by_hand = True
         target = f"opt.param_groups[{i}][{key!r}]"
         if key == "lr" and isinstance(self.optimizer.param_groups[i]["lr"], Tensor):
             self.do(f"{target}.fill_({value!r})")

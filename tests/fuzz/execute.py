@@ -325,7 +325,6 @@ class Execution:
     def _compare(
         self, when: str, what: str, name: str, e: model.Estimate, dtype: Any, current: Tensor
     ) -> None:
-        p = self.names[name]
         got, slack = self._read(when, what, name, dtype)
         allowed = e.error + model.rounded(dtype, e.value.abs() + e.error) + slack
         unknown = e.error == float("inf")

@@ -52,7 +52,7 @@ def rounded(dtype: torch.dtype, size: Tensor, share: float = 0.51) -> Tensor:
     ``share``: of the distance of two numbers that the error may have.
     """
     if dtype == torch.int8:  # of its scale, once it has one
-        return rounded(torch.float32, size) + 2.0**-118
+        return rounded(torch.float32, size, 1.02) + 2.0**-118
     power = torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent - 1)
     half = torch.where(size.isfinite(), share * torch.finfo(dtype).eps * power, size)
     return half + smallest(dtype)
@@ -97,8 +97,9 @@ class Parameter:
     unit_dims: int = 0
     steps: int = 0
     divided_anew: bool = False  # all rows were caught up, and rounded
-    # How the state stores moments: the dtype and scales' shape of the first, the second's shape.
-    form: tuple[Any, ...] = (None, None, None)
+    # How the state stores moments: the dtype and scales' shape of the first, the second's shape and
+    # dtype.
+    form: tuple[Any, ...] = (None, None, None, None)
     row_dims: int = 0  # of what the state has by rows
     blocks: Tensor | None = None  # the block of each element
     drawn: Tensor | None = None  # what the last step's update has written, if not in a window
@@ -142,7 +143,7 @@ def row_means(t: Tensor, dims: int) -> Tensor:
 
 def stored_anew(group: Group, p: Parameter, form: tuple[Any, ...], tensor: Tensor) -> None:
     """Note how the state stores moments, and what follows for those that were stored otherwise."""
-    dtype, scales, second = form
+    dtype, scales, second, _ = form
     shape = p.value.value.shape
     by_rows = scales is not None and scales != block_scales(shape)
     p.row_dims = len(scales) if by_rows else 0
@@ -188,6 +189,8 @@ class Group:
         return self.options["lazy"]
 
     def storage(self, p: Parameter, name: str) -> torch.dtype:
+        if p.changed_by_hand and (found := p.form[0 if name == "exp_avg" else 3]) is not None:
+            return found  # a moment is not stored anew in another floating point format
         if name == "exp_avg_sq" and self.row_wise(p):
             return torch.float64 if p.dtype == torch.float64 else torch.float32
         dtype = self.options["momentum_dtype"] or p.dtype

@@ -21,7 +21,7 @@ from fuzz.program import Code, Grad, GroupSpec, Op, Param, Program
 from fuzz.shrink import shrink
 from oracle import same_bits
 
-from tiger_ext import group_step, moments, reference, reference_step, rounding
+from tiger_ext import checkpoint, group_step, moments, reference, reference_step, rounding
 from tiger_ext.history import History
 from tiger_ext.optimizer import MixedOptimizer
 
@@ -257,6 +257,27 @@ def test_another_seed_is_found(fused, options, kind, monkeypatch):
 
     patched(group_step, "keep_seed", other)(monkeypatch)
     assert failure_of(program)[0].kind == kind
+
+
+@pytest.mark.parametrize("lazy", ["frozen", "exact"])
+def test_a_delta_that_lacks_something_is_found(lazy, monkeypatch):
+    program = small_program(lazy=lazy, momentum_dtype=INT8)
+    for i in (2, 1):
+        program.ops.insert(i, Op("delta"))
+    program.ops.append(Op("delta"))
+    failure, execution = failure_of(program)
+    assert failure is None, failure
+    assert execution.counts["op delta"] == 3
+    apply = checkpoint.apply_changes
+
+    def forgetful(optimizer, path):
+        p = optimizer.param_groups[0]["params"][1]
+        scale = copy.deepcopy(optimizer.state[p]["exp_avg_scale"])
+        apply(optimizer, path)
+        optimizer.state[p]["exp_avg_scale"][:5] = scale[:5]
+
+    monkeypatch.setattr(checkpoint, "apply_changes", forgetful)
+    assert failure_of(program)[0].kind == "a delta lacks parameter #.# exp_avg_scale"
 
 
 def test_programs_have_all_options_of_small_state():

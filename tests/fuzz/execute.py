@@ -38,6 +38,7 @@ class Execution:
         self.training: dict[str, bool] = {}
         self.used: dict[str, set[int]] = {}
         self.tracked: list[str] = []
+        self.has_base = False  # for the next delta
         for spec in self.specs:
             self._add_model(spec)
         self.do(self._constructor())
@@ -117,6 +118,7 @@ class Execution:
 
     def _track_all(self) -> None:
         """Track all tables, as a new optimizer or a copy needs."""
+        self.has_base = False
         self.used, self.tracked = {}, []
         for name in self.all_names():
             self._track(name)
@@ -178,6 +180,8 @@ class Execution:
         p, group = self.names[name], self._group_of(name)
         assert group is not None
         state = self.optimizer.state.get(p, {})
+        if p.grad is not None:
+            group.params[name].sparse_once |= p.grad.layout == torch.sparse_coo
         m, scale, v = (state.get(k) for k in ("exp_avg", "exp_avg_scale", "exp_avg_sq"))
         quantised = m is not None and m.dtype == torch.int8
         form = (

@@ -38,8 +38,9 @@ KINDS = {
 class Generator:
     """Makes one program; what operations need to know of it is kept."""
 
-    def __init__(self, seed: int, kinds: dict[str, int] = KINDS) -> None:
+    def __init__(self, seed: int, kinds: dict[str, int] = KINDS, deltas: bool = True) -> None:
         self.kinds = kinds
+        self.deltas = deltas
         self.random = random.Random(seed)
         # Half of all programs have none of it.
         self.small = random.Random(f"small state {seed}")
@@ -55,6 +56,10 @@ class Generator:
         kinds, weights = list(self.kinds), list(self.kinds.values())
         many = rng.choice([4, 8, 14, 25])
         ops = [self.op(rng.choices(kinds, weights)[0], cls) for _ in range(many)]
+        if self.small is not None and self.deltas:
+            for i in reversed(range(len(ops))):
+                if self.small.random() < 0.2:
+                    ops.insert(i, Op("delta"))
         return Program(cls, groups, [*ops, Op("flush")])
 
     def group(self, cls: str) -> GroupSpec:
@@ -233,4 +238,5 @@ class Generator:
 
 def generate(seed: int, without: tuple[str, ...] = ()) -> Program:
     """Return the program of a seed, ``without`` some kinds of operations."""
-    return Generator(seed, {k: n for k, n in KINDS.items() if k not in without}).program()
+    kinds = {k: n for k, n in KINDS.items() if k not in without}
+    return Generator(seed, kinds, deltas="delta" not in without).program()

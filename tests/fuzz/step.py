@@ -80,9 +80,7 @@ class Steps(Execution):
         for i, group in enumerate(self.groups):
             masks = {n: self._mask(n) for n in group.params if n in self.tracked}
             for j, p in enumerate(group.params.values()):
-                self.observe(name := list(group.params)[j])
-                if (g := grads.get(name)) is not None:
-                    p.sparse_once |= g.layout == torch.sparse_coo
+                self.observe(list(group.params)[j])
                 frozen = f"parameter {i}.{j} frozen_at"
                 p.divided_anew = (
                     clock_shape(before, i, j) != clock_shape(after, i, j)

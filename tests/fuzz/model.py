@@ -154,6 +154,8 @@ def stored_anew(group: Group, p: Parameter, form: tuple[Any, ...], tensor: Tenso
         p.exp_avg.error = p.exp_avg.error + quantum(p, p.exp_avg)
         zero = per_scale(p, p.exp_avg.value.abs() + p.exp_avg.error) < 2.0**-124
         p.exp_avg.error = torch.where(zero & (p.exp_avg.value == 0), 0.0, p.exp_avg.error)
+    if dtype not in (p.form[0], torch.int8) and p.form[0] == torch.int8:
+        p.exp_avg.error = p.exp_avg.error + rounded(dtype, p.exp_avg.value.abs())
     if second != p.form[2] and second is not None and len(second) < len(shape) and second:
         v = p.exp_avg_sq
         p.exp_avg_sq = Estimate(row_means(v.value, len(second)), row_means(v.error, len(second)))

@@ -180,8 +180,6 @@ class Execution:
         p, group = self.names[name], self._group_of(name)
         assert group is not None
         state = self.optimizer.state.get(p, {})
-        if p.grad is not None:
-            group.params[name].sparse_once |= p.grad.layout == torch.sparse_coo
         m, scale, v = (state.get(k) for k in ("exp_avg", "exp_avg_scale", "exp_avg_sq"))
         quantised = m is not None and m.dtype == torch.int8
         form = (
@@ -228,11 +226,14 @@ class Execution:
         m, scale = group.params[name], self.optimizer.state[p]["exp_avg_scale"]
         shapes = [p.shape[:d] for d in range(1, p.dim() + 1)]
         options = group.options
+        # A gradient of a step that was refused, or before its state was cleared.
+        waiting = p.grad is not None and p.grad.layout == torch.sparse_coo and not m.sparse_once
         lazy = options["rows"] is not None or group.lazy != "frozen" or group.row_wise(m)
-        if not m.sparse_once and not m.changed_by_hand and not (lazy and p.dim() >= 2):
+        anything = m.changed_by_hand or waiting
+        if not m.sparse_once and not anything and not (lazy and p.dim() >= 2):
             if options.get("scale") != "rms_rows":
                 shapes = [torch.Size(model.block_scales(p.shape))]
-        elif m.changed_by_hand:
+        elif anything:
             shapes.append(torch.Size(model.block_scales(p.shape)))
         if scale.shape not in shapes or scale.dtype != torch.float32:
             raise Failure(

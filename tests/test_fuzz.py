@@ -21,6 +21,7 @@ from fuzz.program import Code, Grad, GroupSpec, Op, Param, Program
 from fuzz.shrink import shrink
 from oracle import same_bits
 
+from tiger_ext import checkpoint, group_step, moments, reference, reference_step, rounding
 from tiger_ext.history import History
 from tiger_ext.optimizer import MixedOptimizer
 
@@ -112,6 +113,182 @@ def test_a_step_that_fails_and_writes_is_noticed(monkeypatch):
 
     monkeypatch.setattr(MixedOptimizer, "_step_eager", writes)
     assert failure_of(program)[0].kind == "changed by a refused opt step : parameter #.#"
+
+
+INT8 = Code("torch.int8")
+
+
+def patched(place, name, change):
+    """Return what lets a function of the package return something else."""
+
+    def patch(monkeypatch):
+        right = getattr(place, name)
+        monkeypatch.setattr(place, name, lambda *args, **kw: change(right, *args, **kw))
+
+    return patch
+
+
+def other_draws(**changes):
+    """Return what lets all random bits be those of another key; each is a function of it."""
+
+    def bits(right, self, stream, p, where):
+        key = {k: change(getattr(self, k)) for k, change in changes.items() if k != "stream"}
+        stream = changes.get("stream", lambda s: s)(stream)
+        return right(rounding.Draws(**{**vars(self), **key}), stream, p, where)
+
+    return patched(rounding.Draws, "bits", bits)
+
+
+def small_program(cls="Lion", layout="sparse", dtype="f32", **options):
+    """Return a program with two tables, of which the second gets other rows each time."""
+    tables = [Param("a", (3, 2), 1, dtype), Param("b", (40, 9), 2, dtype)]
+    betas = (0.9,) if cls == "Tiger" else (0.9, 0.95)
+    shared = dict(lr=0.1, betas=betas, weight_decay=0.5)
+    ops = []
+    for seed in range(4):
+        more = dict(dims=1, nnz=30) if layout == "sparse" else {}
+        ops.append(Op("step", {}, {"b": Grad(layout, dict(seed=seed, **more))}))
+    ops.append(Op("flush"))
+    return Program(cls, [GroupSpec(tables, {**shared, **options})], ops, False)
+
+
+def quantised_otherwise(factor, shift):
+    """Return what gives int8 momenta other scales, or other numbers."""
+
+    def quantised(right, values, bits):
+        q, scale = right(values, bits)
+        return (q + shift * (q.abs() < 100)).to(torch.int8), scale * factor
+
+    return patched(moments, "quantised", quantised)
+
+
+SMALL_FAULTS = {
+    "scale": (dict(momentum_dtype=INT8), quantised_otherwise(1.001, 0), "a scale is wrong"),
+    "numbers": (
+        dict(momentum_dtype=INT8, layout="dense"),
+        quantised_otherwise(1.0, 1),
+        "a momentum has other random bits",
+    ),
+    "nearest int8": (
+        dict(momentum_dtype=INT8),
+        patched(moments, "quantised", lambda right, v, b: right(v, torch.full_like(b, 1 << 15))),
+        "a momentum has other random bits",
+    ),
+    "momentum's stream": (
+        dict(momentum_dtype=INT8),
+        other_draws(stream=lambda s: 2 if s == 1 else s),
+        "a momentum has other random bits",
+    ),
+    "decay of scales": (
+        dict(momentum_dtype=INT8, lazy="decay"),
+        patched(
+            reference_step,
+            "decaying",
+            lambda right, m, s: right(m, s).clone() if m.name == "exp_avg" else right(m, s),
+        ),
+        "after flush: exp_avg is wrong",
+    ),
+    "mean": (
+        dict(cls="AdamW", second_moment="row"),
+        patched(reference, "mean_over", lambda right, g, rows: 1.0001 * right(g, rows)),
+        "after a step: parameter is wrong",
+    ),
+    "largest in place of the mean": (
+        dict(cls="AdamW", second_moment="row", layout="dense", betas=(0.0, 0.95)),
+        patched(reference, "mean_over", lambda right, g, rows: g.square().amax(-1, keepdim=True)),
+        "after a step: parameter is wrong",
+    ),
+    "nearest": (
+        dict(dtype="bf16", stochastic_rounding=True),
+        patched(reference_step, "round_to", lambda right, dtype, v, bits: v.to(dtype)),
+        "other random bits",
+    ),
+    "step": (
+        dict(dtype="f16", stochastic_rounding=True, layout="dense"),
+        other_draws(step=lambda t: t + 1),
+        "other random bits",
+    ),
+    "position": (
+        dict(dtype="bf16", stochastic_rounding=True),
+        other_draws(position=lambda n: 0),
+        "other random bits",
+    ),
+    "stream of a catch-up": (
+        dict(dtype="bf16", stochastic_rounding=True, lazy="exact"),
+        other_draws(stream=lambda s: 0),
+        "other random bits",
+    ),
+    "rows for blocks": (
+        dict(dtype="bf16", stochastic_rounding=True, layout="dense"),
+        patched(rounding, "memory_order", lambda right, p: right(p.unsqueeze(0)).squeeze(0) + 256),
+        "other random bits",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", SMALL_FAULTS)
+def test_state_in_few_bytes_that_is_wrong_is_found(fault, monkeypatch):
+    options, patch, kind = SMALL_FAULTS[fault]
+    program = small_program(**options)
+    failure, execution = failure_of(program)
+    assert failure is None, failure
+    assert "mean" in fault or execution.counts["drawn"] > 100
+    patch(monkeypatch)
+    assert failure_of(program)[0].kind == kind
+
+
+@pytest.mark.parametrize("fused", [None, False], ids=["native", "reference"])
+@pytest.mark.parametrize(
+    "options,kind",
+    [
+        (dict(dtype="bf16", stochastic_rounding=True), "other random bits"),
+        (dict(momentum_dtype=INT8), "a momentum has other random bits"),
+    ],
+    ids=["rounding", "int8"],
+)
+def test_another_seed_is_found(fused, options, kind, monkeypatch):
+    program = small_program(**options)
+    program.fused = fused
+    assert failure_of(program)[0] is None
+
+    def other(right, group):
+        right(group)
+        group["rounding_seed"] = 5
+
+    patched(group_step, "keep_seed", other)(monkeypatch)
+    assert failure_of(program)[0].kind == kind
+
+
+@pytest.mark.parametrize("lazy", ["frozen", "exact"])
+def test_a_delta_that_lacks_something_is_found(lazy, monkeypatch):
+    program = small_program(lazy=lazy, momentum_dtype=INT8)
+    for i in (2, 1):
+        program.ops.insert(i, Op("delta"))
+    program.ops.append(Op("delta"))
+    failure, execution = failure_of(program)
+    assert failure is None, failure
+    assert execution.counts["op delta"] == 3
+    apply = checkpoint.apply_changes
+
+    def forgetful(optimizer, path):
+        p = optimizer.param_groups[0]["params"][1]
+        scale = copy.deepcopy(optimizer.state[p]["exp_avg_scale"])
+        apply(optimizer, path)
+        optimizer.state[p]["exp_avg_scale"][:5] = scale[:5]
+
+    monkeypatch.setattr(checkpoint, "apply_changes", forgetful)
+    assert failure_of(program)[0].kind == "a delta lacks parameter #.# exp_avg_scale"
+
+
+def test_programs_have_all_options_of_small_state():
+    options = [g.options for seed in range(60) for g in generate(seed).groups]
+    assert any(o.get("stochastic_rounding") for o in options)
+    assert any(o.get("second_moment") == "row" and o["betas"][0] == 0 for o in options)
+    assert {o["lazy"] for o in options if repr(o.get("momentum_dtype")) == "torch.int8"} == {
+        "frozen",
+        "decay",
+        "exact",
+    }
 
 
 INF, NAN = float("inf"), float("nan")

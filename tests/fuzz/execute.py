@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fuzz import model
+from fuzz import draws, model
 from fuzz.observe import Failure, clocks_of, short, snapshot
 from fuzz.program import GroupSpec, Param, Program, complete
 
@@ -38,6 +38,7 @@ class Execution:
         self.training: dict[str, bool] = {}
         self.used: dict[str, set[int]] = {}
         self.tracked: list[str] = []
+        self.has_base = False  # for the next delta
         for spec in self.specs:
             self._add_model(spec)
         self.do(self._constructor())
@@ -73,6 +74,8 @@ class Execution:
                 "changed by something to what cannot be read", f"{by}: {error}"
             ) from error
         for key in sorted({*before, *after}, key=str):
+            if "rounding_seed" in key and key not in before:
+                continue  # the first look at a group whose options were changed
             if before.get(key) != after.get(key):
                 kind = re.sub(r"\d+", "#", key)
                 raise Failure(
@@ -115,6 +118,7 @@ class Execution:
 
     def _track_all(self) -> None:
         """Track all tables, as a new optimizer or a copy needs."""
+        self.has_base = False
         self.used, self.tracked = {}, []
         for name in self.all_names():
             self._track(name)
@@ -134,24 +138,185 @@ class Execution:
 
     def compare(self, after: str, must: dict[str, Tensor]) -> None:
         """Compare what is current, and must be; then go on from the product's values."""
-        for group, clock in zip(self.groups, clocks_of(self.optimizer), strict=True):
+        for group, clock_of in zip(self.groups, clocks_of(self.optimizer), strict=True):
             for name, p in group.params.items():
                 state = self.optimizer.state.get(self.names[name], {})
-                current = self._current(group, clock.history, state, p)
+                self.observe(name)
+                current = self._current(group, clock_of.history, state, p)
                 if not self.training[name]:  # how its clock stands still is the product's affair
                     current = p.touched.clone()
                 if name in must:
                     current = current | must[name]
+                caught_up = p.behind & current & ~p.moved if after in ("flush", "a read") else None
+                step = group.counts and int(state.get("step", 0))
+                if after == "a step" and p.drawn is not None and step:
+                    self._drawn(name, group, p, step)
+                elif group.at_random(p) and caught_up is not None and not p.was_frozen:
+                    clock = state.get("last_step")
+                    if clock is not None and clock_of.history is not None:
+                        dims = clock.dim() if clock.dim() else None
+                        key = (
+                            self._seed(group),
+                            clock_of.history.steps,
+                            self.all_names().index(name),
+                        )
+                        self._rounded(name, p, key, draws.CATCH_UP, dims, caught_up)
                 self._compare(f"after {after}", "parameter", name, p.value, p.dtype, current)
                 for moment in group.moments():
                     if moment in state:
                         e, dtype = getattr(p, moment), group.storage(p, moment)
                         self._compare(f"after {after}", moment, name, e, dtype, current)
+                known = group.accumulation == 1 and not p.changed_by_hand
+                if not known or not group.counts:
+                    p.steps = int(state.get("step", 0))
                 if "step" in state and int(state["step"]) != p.steps:
                     raise Failure(
                         f"after {after}: step", f"{name}: step is {state['step']}, not {p.steps}"
                     )
                 p.behind &= ~current
+
+    def observe(self, name: str) -> None:
+        """Let the model know how the state stores a parameter's moments."""
+        p, group = self.names[name], self._group_of(name)
+        assert group is not None
+        state = self.optimizer.state.get(p, {})
+        m, scale, v = (state.get(k) for k in ("exp_avg", "exp_avg_scale", "exp_avg_sq"))
+        quantised = m is not None and m.dtype == torch.int8
+        form = (
+            None if m is None else m.dtype,
+            tuple(scale.shape) if quantised and scale is not None else None,
+            None if v is None else tuple(v.shape),
+            None if v is None else v.dtype,
+        )
+        model.stored_anew(group, group.params[name], form, p)
+
+    def _read(self, when: str, what: str, name: str, dtype: Any) -> tuple[Tensor, Any]:
+        """Return numbers of the state by elements, and what their storing may add to the error."""
+        p, group = self.names[name], self._group_of(name)
+        assert group is not None
+        m = group.params[name]
+        tensor = p.detach() if what == "parameter" else self.optimizer.state[p][what]
+        by_rows = what == "exp_avg_sq" and group.row_wise(m)
+        shapes = [p.shape[:d] for d in range(1, p.dim() + 1)] if by_rows else [p.shape]
+        if what != "parameter" and m.changed_by_hand:  # as before, until it is needed
+            shapes = [p.shape[:d] for d in range(p.dim() + 1)]
+        if tensor.shape not in shapes or tensor.dtype != dtype:
+            raise Failure(
+                f"{when}: {what} has a shape or dtype",
+                f"{name}: {what} is {tensor.dtype} {list(tensor.shape)}, expected {dtype} "
+                f"{list(shapes[0])}",
+            )
+        got: Tensor = tensor.to(torch.float64)
+        if what == "parameter":
+            if not group.at_random(m):
+                return got, 0.0
+            size = m.value.value.abs() + m.value.error
+            return got, model.rounded(p.dtype, size, 1.01) * (m.moved | m.behind)
+        if tensor.dtype == torch.int8:
+            scale = self.scales(when, name)
+            wrote = m.touched if when == "after a step" else torch.zeros_like(m.touched)
+            return got * scale, scale.nan_to_num() * 1.001 * wrote
+        got = got.reshape([*got.shape, *[1] * (p.dim() - got.dim())]).expand(p.shape).clone()
+        return got, 0.0
+
+    def scales(self, when: str, name: str) -> Tensor:
+        """Return the scale of each element of an int8 momentum."""
+        p, group = self.names[name], self._group_of(name)
+        assert group is not None
+        m, scale = group.params[name], self.optimizer.state[p]["exp_avg_scale"]
+        shapes = [p.shape[:d] for d in range(1, p.dim() + 1)]
+        options = group.options
+        # A gradient of a step that was refused, or before its state was cleared.
+        waiting = p.grad is not None and p.grad.layout == torch.sparse_coo and not m.sparse_once
+        lazy = options["rows"] is not None or group.lazy != "frozen" or group.row_wise(m)
+        anything = m.changed_by_hand or waiting
+        if not m.sparse_once and not anything and not (lazy and p.dim() >= 2):
+            if options.get("scale") != "rms_rows":
+                shapes = [torch.Size(model.block_scales(p.shape))]
+        elif anything:
+            shapes.append(torch.Size(model.block_scales(p.shape)))
+        if scale.shape not in shapes or scale.dtype != torch.float32:
+            raise Failure(
+                f"{when}: scales have a shape or dtype",
+                f"{name}: exp_avg_scale is {scale.dtype} {list(scale.shape)}, expected float32 "
+                f"{' or '.join(str(list(shape)) for shape in shapes)}",
+            )
+        if m.row_dims:
+            scale = scale.reshape([*scale.shape, *[1] * (p.dim() - scale.dim())])
+            return scale.double().expand(p.shape)
+        return scale.flatten().double()[draws.places(p, 0)[0]]
+
+    # ------------------------------------------------------------------------- random bits
+
+    def _seed(self, group: model.Group) -> int:
+        return int(group.options.get("rounding_seed", torch.initial_seed() & (2**63 - 1)))
+
+    def _drawn(self, name: str, group: model.Group, p: model.Parameter, step: int) -> None:
+        """Check what the last step's update rounded at random, with the bits that it drew."""
+        assert p.drawn is not None
+        key = (self._seed(group), step, self.all_names().index(name))
+        dims = p.written_by_rows
+        if group.at_random(p):
+            self._rounded(name, p, key, draws.PARAMETER, dims, p.drawn)
+        if group.quantises and "exp_avg" in group.moments() and bool(p.drawn.any()):
+            self._quantised(name, p, key, dims)
+
+    def _rounded(
+        self,
+        name: str,
+        p: model.Parameter,
+        key: tuple[int, int, int],
+        stream: int,
+        dims: int | None,
+        where: Tensor,
+    ) -> None:
+        e, got = p.value, self.names[name].detach().double()
+        where = where & e.value.isfinite() & e.error.isfinite()
+        bits = draws.random_bits(key, stream, *draws.places(self.names[name], dims), where)
+        error = e.error + 2.0**-23 * e.value.abs() + 2.0**-126
+        least, most = (draws.rounded(p.dtype, e.value + d, bits) for d in (-error, error))
+        wrong = where & ~((least <= got) & (got <= most))
+        self.counts["drawn"] += int((where & (least == most)).sum())
+        self._none_wrong("other random bits", name, wrong, got, least, most)
+
+    def _quantised(
+        self, name: str, p: model.Parameter, key: tuple[int, int, int], dims: int
+    ) -> None:
+        parameter, m = self.names[name], p.exp_avg
+        scale, q = self.scales("now", name), self.optimizer.state[parameter]["exp_avg"].double()
+        where = p.drawn & model.per_scale(p, (m.value + m.error).abs()).isfinite()
+        size = m.value.abs()
+        most = model.per_scale(p, size + m.error) / 127 * (1 + 1e-5) + 2.0**-125
+        least = model.per_scale(p, (size - m.error).clamp(min=0)) / 127 * (1 - 1e-5)
+        self._none_wrong(
+            "a scale is wrong", name, where & ~((least <= scale) & (scale <= most)), scale, least,
+            most,
+        )  # fmt: skip
+        where = where & (scale > 0)
+        bits = draws.random_bits(key, draws.MOMENTUM, *draws.places(parameter, dims), where)
+        draw = (bits.double() + 0.5) / 65536
+        each = torch.where(scale > 0, scale, 1.0)
+        least, most = (
+            ((m.value + d * m.error) / each + draw + d * 5e-5).floor().clamp(-127, 127)
+            for d in (-1, 1)
+        )
+        self.counts["drawn"] += int((where & (least == most)).sum())
+        self._none_wrong(
+            "a momentum has other random bits", name, where & ~((least <= q) & (q <= most)), q,
+            least, most,
+        )  # fmt: skip
+
+    def _none_wrong(
+        self, kind: str, name: str, wrong: Tensor, got: Tensor, least: Tensor, most: Tensor
+    ) -> None:
+        if bool(wrong.any()):
+            at = tuple(wrong.nonzero()[0].tolist())
+            raise Failure(
+                kind,
+                f"{kind}: {name}{list(at)} is {float(got[at])!r}, expected from "
+                f"{float(least[at])!r} to {float(most[at])!r} ({int(wrong.sum())} of "
+                f"{wrong.numel()} elements are wrong)",
+            )
 
     def _current(self, group: model.Group, history: Any, state: Any, p: model.Parameter) -> Tensor:
         """Return the elements that the product says are current."""
@@ -167,20 +332,12 @@ class Execution:
     def _compare(
         self, when: str, what: str, name: str, e: model.Estimate, dtype: Any, current: Tensor
     ) -> None:
-        p = self.names[name]
-        tensor = p.detach() if what == "parameter" else self.optimizer.state[p][what]
-        if tensor.shape != e.value.shape or tensor.dtype != dtype:
-            raise Failure(
-                f"{when}: {what} has a shape or dtype",
-                f"{name}: {what} is {tensor.dtype} {list(tensor.shape)}, expected {dtype} "
-                f"{list(e.value.shape)}",
-            )
-        got = tensor.to(torch.float64)
-        allowed = e.error + model.rounded(dtype, e.value.abs() + e.error)
+        got, slack = self._read(when, what, name, dtype)
+        allowed = e.error + model.rounded(dtype, e.value.abs() + e.error) + slack
         unknown = e.error == float("inf")
         same = (got == e.value) | (got.isnan() & e.value.isnan()) | unknown
         near = e.value.isfinite() & got.isfinite() & ((got - e.value).abs() <= allowed)
-        beyond = got.sign() * e.value + allowed >= torch.finfo(dtype).max
+        beyond = got.sign() * e.value + allowed >= largest(dtype)
         overflows = got.isinf() & e.value.isfinite() & beyond
         right = same | near | overflows
         wrong = current & ~right
@@ -194,6 +351,10 @@ class Execution:
             )
         taken = current & (got.isfinite() | overflows | unknown)
         e.put(taken, model.Estimate(got, torch.zeros_like(got)))
+
+
+def largest(dtype: torch.dtype) -> float:
+    return torch.finfo(torch.float32 if dtype == torch.int8 else dtype).max
 
 
 def caught(line: str, *errors: type[Exception]) -> str:

@@ -38,9 +38,14 @@ KINDS = {
 class Generator:
     """Makes one program; what operations need to know of it is kept."""
 
-    def __init__(self, seed: int, kinds: dict[str, int] = KINDS) -> None:
+    def __init__(self, seed: int, kinds: dict[str, int] = KINDS, deltas: bool = True) -> None:
         self.kinds = kinds
+        self.deltas = deltas
         self.random = random.Random(seed)
+        # Half of all programs have none of it.
+        self.small = random.Random(f"small state {seed}")
+        if self.small.random() < 0.5:
+            self.small = None
         self.params: list[tuple[Param, dict[str, Any]]] = []
         self.fixed: dict[str, str] = {}  # the only kind of gradient that a parameter gets
 
@@ -51,6 +56,10 @@ class Generator:
         kinds, weights = list(self.kinds), list(self.kinds.values())
         many = rng.choice([4, 8, 14, 25])
         ops = [self.op(rng.choices(kinds, weights)[0], cls) for _ in range(many)]
+        if self.small is not None and self.deltas:
+            for i in reversed(range(len(ops))):
+                if self.small.random() < 0.2:
+                    ops.insert(i, Op("delta"))
         return Program(cls, groups, [*ops, Op("flush")])
 
     def group(self, cls: str) -> GroupSpec:
@@ -68,6 +77,8 @@ class Generator:
             name = "abcdefghijklmnopqrstuvwxyz"[len(self.params)]
             p = Param(name, rng.choice(_SHAPES), rng.randrange(1000))
             p.dtype, p.layout = rng.choice(_DTYPES), rng.choice(_LAYOUTS)
+            if complete.get("stochastic_rounding") and self.small.random() < 0.6:
+                p.dtype = self.small.choice(["bf16", "f16"])
             params.append(p)
             self.params.append((p, complete))
             judged = complete["nonfinite"] in ("skip", "shrink") or complete.get("scale")
@@ -107,7 +118,21 @@ class Generator:
             options["accumulation_steps"] = rng.choice([2, 3])
         if options["nonfinite"] == "shrink" and rng.random() < 0.3:
             options["shrink_to"] = 1.0
+        self.small_state(algorithm, options)
         return options
+
+    def small_state(self, algorithm: str, options: dict[str, Any]) -> None:
+        """Add what stores state in few bytes, drawn apart from all else."""
+        if (rng := self.small) is None:
+            return
+        if rng.random() < 0.35:
+            options["momentum_dtype"] = Code("torch.int8")
+        if rng.random() < 0.5:
+            options["stochastic_rounding"] = True
+        if rng.random() < 0.2:
+            options["rounding_seed"] = rng.choice([0, 5, 2**63 - 1])
+        if algorithm == "adamw" and rng.random() < 0.5:
+            options["second_moment"] = "row"
 
     # -------------------------------------------------------------------------- operations
 
@@ -149,6 +174,14 @@ class Generator:
             direction_scale=[0.7, 2.0],
         )
         key = rng.choice(["lr", "lr", "lr", *values])
+        if self.small is not None and self.small.random() < 0.2:
+            values = dict(
+                momentum_dtype=[Code("torch.int8"), Code("torch.float32")],
+                second_moment=["element", "row"],
+                stochastic_rounding=[True, False],
+            )
+            key = self.small.choice([*values])
+            return dict(key=key, value=self.small.choice(values[key]))
         return dict(key=key, value=rng.choice(values[key]))
 
     def step(self) -> Op:
@@ -205,4 +238,5 @@ class Generator:
 
 def generate(seed: int, without: tuple[str, ...] = ()) -> Program:
     """Return the program of a seed, ``without`` some kinds of operations."""
-    return Generator(seed, {k: n for k, n in KINDS.items() if k not in without}).program()
+    kinds = {k: n for k, n in KINDS.items() if k not in without}
+    return Generator(seed, kinds, deltas="delta" not in without).program()

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fuzz import draws
+
 SCALES = {"sign": 1.0, "clip": 1e4, "power": 0.5, "atan": 1e4}
 _ROUNDINGS = 2.0  # of one element's update
 
@@ -44,10 +46,15 @@ def smallest(dtype: torch.dtype) -> float:
     return {torch.float16: 2.0**-24, torch.float64: 2.0**-1022}.get(dtype, 2.0**-126)
 
 
-def rounded(dtype: torch.dtype, size: Tensor) -> Tensor:
-    """Return a bound of the error of rounding numbers of at most this size to nearest, once."""
+def rounded(dtype: torch.dtype, size: Tensor, share: float = 0.51) -> Tensor:
+    """Return a bound of the error of rounding numbers of at most this size to nearest, once.
+
+    ``share``: of the distance of two numbers that the error may have.
+    """
+    if dtype == torch.int8:  # of its scale, once it has one
+        return rounded(torch.float32, size, 1.02) + 2.0**-118
     power = torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent - 1)
-    half = torch.where(size.isfinite(), 0.51 * torch.finfo(dtype).eps * power, size)
+    half = torch.where(size.isfinite(), share * torch.finfo(dtype).eps * power, size)
     return half + smallest(dtype)
 
 
@@ -90,6 +97,16 @@ class Parameter:
     unit_dims: int = 0
     steps: int = 0
     divided_anew: bool = False  # all rows were caught up, and rounded
+    # How the state stores moments: the dtype and scales' shape of the first, the second's shape and
+    # dtype.
+    form: tuple[Any, ...] = (None, None, None, None)
+    row_dims: int = 0  # of what the state has by rows
+    blocks: Tensor | None = None  # the block of each element
+    drawn: Tensor | None = None  # what the last step's update has written, if not in a window
+    written_by_rows: int = 0  # dimensions of the rows in which it did
+    sparse_once: bool = False  # has had a sparse gradient
+    changed_by_hand: bool = False  # options of how its state is stored
+    was_frozen: bool = False
 
     @classmethod
     def of(cls, p: Tensor) -> Parameter:
@@ -101,6 +118,53 @@ class Parameter:
     @property
     def eps(self) -> float:
         return torch.finfo(torch.float64 if self.dtype == torch.float64 else torch.float32).eps
+
+
+def per_scale(p: Parameter, t: Tensor) -> Tensor:
+    """Return the largest of the numbers that share an int8 momentum's scale."""
+    if t.numel() == 0:
+        return t
+    if p.row_dims:
+        return to_elements(over_units(t, p.row_dims).amax(1), t.shape, p.row_dims)
+    assert p.blocks is not None
+    most = t.new_zeros(int(p.blocks.max()) + 1)
+    most.scatter_reduce_(0, p.blocks.flatten(), t.flatten(), "amax")
+    return most[p.blocks]
+
+
+def quantum(p: Parameter, m: Estimate) -> Tensor:
+    """Return a bound of an int8 momentum's scale, and of the error of quantising it."""
+    return per_scale(p, m.value.abs() + m.error) / 127 * (1 + 1e-5) + 2.0**-125
+
+
+def row_means(t: Tensor, dims: int) -> Tensor:
+    return to_elements(over_units(t, dims).mean(1), t.shape, dims).clone() if t.numel() else t
+
+
+def stored_anew(group: Group, p: Parameter, form: tuple[Any, ...], tensor: Tensor) -> None:
+    """Note how the state stores moments, and what follows for those that were stored otherwise."""
+    dtype, scales, second, _ = form
+    shape = p.value.value.shape
+    by_rows = scales is not None and scales != block_scales(shape)
+    p.row_dims = len(scales) if by_rows else 0
+    if second is not None and group.row_wise(p):
+        p.row_dims = len(second)
+    p.blocks = draws.places(tensor, 0)[0]
+    if form[:2] != p.form[:2] and dtype == torch.int8:
+        p.exp_avg.error = p.exp_avg.error + quantum(p, p.exp_avg)
+        zero = per_scale(p, p.exp_avg.value.abs() + p.exp_avg.error) < 2.0**-124
+        p.exp_avg.error = torch.where(zero & (p.exp_avg.value == 0), 0.0, p.exp_avg.error)
+    if dtype not in (p.form[0], torch.int8) and p.form[0] == torch.int8:
+        p.exp_avg.error = p.exp_avg.error + rounded(dtype, p.exp_avg.value.abs())
+    if second != p.form[2] and second is not None and len(second) < len(shape) and second:
+        v = p.exp_avg_sq
+        p.exp_avg_sq = Estimate(row_means(v.value, len(second)), row_means(v.error, len(second)))
+    p.form = form
+
+
+def block_scales(shape: Any) -> tuple[int, ...]:
+    blocks = (-(-math.prod(shape) // draws.BLOCK), 1)
+    return blocks if tuple(shape[:2]) != blocks else (*blocks, *[1] * (len(shape) - 1))
 
 
 @dataclass
@@ -127,8 +191,37 @@ class Group:
         return self.options["lazy"]
 
     def storage(self, p: Parameter, name: str) -> torch.dtype:
+        if p.changed_by_hand and (found := p.form[0 if name == "exp_avg" else 3]) is not None:
+            return found  # a moment is not stored anew in another floating point format
+        if name == "exp_avg_sq" and self.row_wise(p):
+            return torch.float64 if p.dtype == torch.float64 else torch.float32
         dtype = self.options["momentum_dtype"] or p.dtype
+        if dtype == torch.int8 and name == "exp_avg_sq":
+            dtype = torch.float32
         return torch.promote_types(dtype, p.dtype) if name == "exp_avg_sq" else dtype
+
+    @property
+    def counts(self) -> bool:
+        """Whether parameters have a counter."""
+        rounds = self.options["stochastic_rounding"] or self.quantises
+        return self.options["algorithm"] == "adamw" or rounds
+
+    @property
+    def quantises(self) -> bool:
+        return self.options["momentum_dtype"] == torch.int8
+
+    def at_random(self, p: Parameter) -> bool:
+        """Return whether the parameter's own numbers are rounded at random."""
+        return bool(self.options["stochastic_rounding"]) and p.dtype in draws.HALVES
+
+    def row_wise(self, p: Parameter) -> bool:
+        return self.options.get("second_moment") == "row" and p.value.value.dim() >= 2
+
+    def rounding(self, p: Parameter, name: str, size: Tensor) -> Tensor:
+        """Return a bound of the error of storing numbers of at most this size, unscaled ones."""
+        if name == "value":
+            return rounded(p.dtype, size, 1.01 if self.at_random(p) else 0.51)
+        return rounded(self.storage(p, name), size)
 
     def moments(self) -> list[str]:
         if self.options["algorithm"] != "adamw":
@@ -144,6 +237,7 @@ class Group:
             g = grads.get(name)
             p.moved = torch.zeros_like(p.moved)
             p.touched = torch.zeros_like(p.touched)
+            p.drawn = None
             if g is not None or training[name] or (closes and bool(p.in_window.any())):
                 self._step_parameter(p, g, used.get(name), closes)
         self.micro_steps = 0 if closes else self.micro_steps + 1
@@ -157,7 +251,7 @@ class Group:
 
     def _step_parameter(self, p: Parameter, g: Any, used: Tensor | None, closes: bool) -> None:
         adamw = self.options["algorithm"] == "adamw"
-        if adamw and (g is not None or self.lazy != "frozen"):
+        if self.counts and (g is not None or self.lazy != "frozen"):
             p.steps += 1
         if p.value.value.numel() == 0:
             return
@@ -178,6 +272,10 @@ class Group:
             else:
                 self._sign_momentum(p, gradient)
             p.moved |= gradient.touched
+            if self.accumulation == 1:
+                p.drawn, p.written_by_rows = gradient.touched.clone(), gradient.unit_dims
+            if self.quantises:
+                self._spread(p, gradient)
         if not closes:
             return
         moved = p.touched
@@ -214,6 +312,7 @@ class Group:
                 touched = to_elements(used, shape, 1)
             if options.get("scale") == "rms_rows" and len(shape) > 0:
                 dims = 1
+            dims = dims or p.row_dims
         finite = to_elements(over_units(total.isfinite(), dims).all(1), shape, dims)
         total = -total if options["maximize"] else total
         p.unit_dims = dims
@@ -232,7 +331,7 @@ class Group:
             ratio, to = self.options["shrink_ratio"], self.options.get("shrink_to", 0.0)
             new = to + ratio * (p.value.value - to)
             error = p.value.error + 4 * p.eps * (p.value.value.abs() + abs(to))
-            error = error + rounded(p.dtype, new.abs())  # of rows that lag, unseen
+            error = error + self.rounding(p, "value", new.abs())  # of rows that lag, unseen
             p.value.put(bad, Estimate(new, error))
 
     def _round_stale(self, p: Parameter, where: Tensor) -> None:
@@ -240,8 +339,7 @@ class Group:
         where = where & p.behind
         for name in ("value", *self.moments()):
             e: Estimate = getattr(p, name)
-            dtype = p.dtype if name == "value" else self.storage(p, name)
-            error = e.error + rounded(dtype, e.value.abs() + e.error)
+            error = e.error + self.rounding(p, name, e.value.abs() + e.error)
             e.put(where & (e.value != 0), Estimate(e.value, error))
 
     def _mix(self, p: Parameter, old: Estimate, beta: Any, g: Estimate, weight: float) -> Estimate:
@@ -263,8 +361,16 @@ class Group:
         p.exp_avg.put(g.touched, self._mix(p, p.exp_avg, factor, g.sum, weight))
         p.in_window |= g.touched
 
+    def _spread(self, p: Parameter, g: Gradient) -> None:
+        """Let a NaN or Inf make NaN of all that has the same scale."""
+        bad = g.touched & ~p.exp_avg.value.isfinite()
+        bad = per_scale(p, bad.double()) > 0
+        p.exp_avg.value = torch.where(bad & g.touched, torch.nan, p.exp_avg.value)
+
     def _stored(self, p: Parameter) -> Estimate:
         m, dtype = p.exp_avg, self.storage(p, "exp_avg")
+        if dtype == torch.int8:
+            return Estimate(m.value, m.error + quantum(p, m))
         rounding = rounded(dtype, m.value.abs() + m.error)
         return Estimate(m.value, m.error + (m.value != 0) * rounding)
 
@@ -328,6 +434,8 @@ class Group:
         m = self._mix(p, p.exp_avg, beta1, g.sum, 1 - beta1)
         square = g.sum.value * g.sum.value
         square_error = 2 * g.sum.value.abs() * g.sum.error + g.sum.error**2 + p.eps * square
+        if self.row_wise(p):
+            square, square_error = (row_means(t, p.row_dims) for t in (square, square_error))
         v = self._mix(p, p.exp_avg_sq, beta2, Estimate(square, square_error), 1 - beta2)
 
         def change(size: Tensor, second: Tensor) -> Tensor:
@@ -356,6 +464,8 @@ class Group:
             push = self.lr
             new = new - push * sign(p.exp_avg.value)
         error = abs(factor) * theta.error + p.eps * (theta.value.abs() + push)
+        if self.lazy == "exact" and self.quantises:  # since it was quantised anew
+            error = error + 2 * push * (p.exp_avg.error >= p.exp_avg.value.abs())
         theta.put(where, Estimate(new, error))
         betas = options["betas"]
         decays = {"exp_avg": betas[0] if options["algorithm"] == "adamw" else betas[-1]}

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fuzz.model import Estimate, Parameter
-from fuzz.observe import Failure, snapshot
+from fuzz.observe import Failure, short, snapshot
 from fuzz.program import GroupSpec, Op, Program, value_of
 from fuzz.step import Steps
 
@@ -62,6 +63,8 @@ class Run(Steps):
         if group is not None and group.micro_steps == 0 and self.training[name] == frozen:
             self.do(f"{name}.requires_grad_({not frozen})")
             self.training[name] = not frozen
+            self.has_base = False  # whether it trains is in no delta
+            group.params[name].was_frozen = True
 
     def op_set(self, op: Op) -> None:
         i, key, value = op.options["group"], op.options["key"], op.options["value"]
@@ -74,6 +77,11 @@ class Run(Steps):
             if group.options["betas"][0] == 0:
                 return  # what is stored would change
             value = tuple(value[: len(group.options["betas"])])
+        if key in ("momentum_dtype", "second_moment", "stochastic_rounding"):
+            if group.accumulation > 1 or value_of(value) == group.options[key]:
+                return
+            for p in group.params.values():
+                p.changed_by_hand = True
         target = f"opt.param_groups[{i}][{key!r}]"
         if key == "lr" and isinstance(self.optimizer.param_groups[i]["lr"], Tensor):
             self.do(f"{target}.fill_({value!r})")
@@ -129,6 +137,7 @@ class Run(Steps):
         spec: GroupSpec = op.options["spec"]
         if not spec.params:
             return
+        self.has_base = False
         self._add_model(spec)
         self.specs = [*self.specs, spec]
         self.do(f"opt.add_param_group({spec.text(self.program.fused)})")
@@ -162,6 +171,27 @@ class Run(Steps):
             return
         self.do(f"del opt.state[{name}]")
         group.params[name] = Parameter.of(self.names[name])
+
+    def op_delta(self, op: Op) -> None:
+        """Bring a copy of before up to date with a delta, and begin the next one."""
+        before = snapshot(self.optimizer)
+        everything = ", ".join([*self.all_names(), "opt"])
+        if self.has_base:
+            self.do("bring_over(opt, since, base[-1])")
+            self.unchanged(before, "save_changes")
+            base = snapshot(self.names["base"][-1])
+            for key in sorted({*before, *base}):
+                if "rounding_seed" in key and key not in before:
+                    continue  # the first look at a group whose options were changed
+                if before.get(key) != base.get(key):
+                    raise Failure(
+                        f"a delta lacks {re.sub(r'[0-9]+', '#', key)}",
+                        f"{key} is {short(base.get(key))} with the delta applied, expected "
+                        f"{short(before.get(key))}",
+                    )
+        self.do(f"base, since = through_copy({everything}), checkpoint.position(opt)")
+        self.unchanged(before, "position")
+        self.has_base = True
 
     def op_health(self, op: Op) -> None:
         before = snapshot(self.optimizer)

@@ -4,11 +4,14 @@
 import copy
 import io
 import pickle
+import tempfile
+from pathlib import Path
 
 import torch
 from torch import nn
 
 import tiger_ext
+from tiger_ext import checkpoint
 
 FLOATS = dict(f64=torch.float64, f32=torch.float32, bf16=torch.bfloat16, f16=torch.float16)
 torch.sparse.check_sparse_tensor_invariants.disable()
@@ -109,6 +112,14 @@ def through_copy(*things):
 
 def through_pickle(*things):
     return pickle.loads(pickle.dumps(things))
+
+
+def bring_over(optimizer, since, other):
+    """Write what has changed since, and apply it to an optimizer that stands there."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "delta"
+        checkpoint.save_changes(optimizer, path, since)
+        checkpoint.apply_changes(other, path)
 
 
 def build(cls, groups, **options):

@@ -17,6 +17,7 @@ _SHARED = dict(
     nonfinite="propagate",
     shrink_ratio=0.99,
     momentum_dtype=None,
+    stochastic_rounding=False,
     maximize=False,
     capturable=False,
 )
@@ -24,7 +25,14 @@ _SIGN = dict(scale=None, rms_floor=1e-3, direction="sign", direction_scale=None,
 DEFAULTS: dict[str, dict[str, Any]] = {
     "tiger": dict(lr=1e-3, betas=(0.965,), weight_decay=0.01, accumulation_steps=1, **_SIGN),
     "lion": dict(lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0, **_SIGN),
-    "adamw": dict(lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, **_SHARED),
+    "adamw": dict(
+        lr=1e-3,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        weight_decay=0.0,
+        second_moment="element",
+        **_SHARED,
+    ),
 }
 
 

@@ -80,6 +80,10 @@ class Steps(Execution):
         for i, group in enumerate(self.groups):
             masks = {n: self._mask(n) for n in group.params if n in self.tracked}
             for j, p in enumerate(group.params.values()):
+                name = list(group.params)[j]
+                g = grads.get(name)
+                p.sparse_once |= g is not None and g.layout == torch.sparse_coo
+                self.observe(name)
                 frozen = f"parameter {i}.{j} frozen_at"
                 p.divided_anew = (
                     clock_shape(before, i, j) != clock_shape(after, i, j)

@@ -56,6 +56,32 @@ def test_the_readme_quotes_at_most_eight_claims_and_hides_no_miss(benchmark_scri
     )
 
 
+def test_the_costs_of_large_tables_are_those_of_the_result_files():
+    def rounded(number):
+        return float(f"{number:.2g}" if number < 100 else f"{number:.3g}")
+
+    text = (ROOT / "docs/large_tables.md").read_text()
+    rows = re.findall(r"^\| \[.*?, (\d)\]\(\.\./(.*?)\) \| (.*) \|$", text, re.MULTILINE)
+    assert len(rows) == 3
+    for threads, path, figures in rows:
+        result = json.loads((ROOT / path).read_text())
+        cell = result["cells"][0]
+        moving = cell["1e8 rows: steps while moving to huge pages, seconds"]
+        milliseconds = (
+            cell["seconds"]["1e8 rows"]["median"],
+            max(cell["1e8 rows: first steps, state unwritten, seconds"]),
+            moving["percentile_99"],
+            moving["longest"],
+        )
+        ratio, *others = map(float, figures.split(" | "))
+        assert int(threads) == result["options"]["threads"]
+        assert ratio == round(result["bars"][0]["value"], 2)
+        assert others == [
+            *(rounded(1000 * each) for each in milliseconds),
+            rounded(cell["1e8 rows: seconds until moved"]),
+        ]
+
+
 def test_peers_that_are_faster_are_told(benchmark_script):
     claims = benchmark_script("claims")
     for path in (claims.RESULTS / "bench_dense.json", claims.RESULTS / "bench_sparse.json"):

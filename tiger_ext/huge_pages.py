@@ -71,17 +71,12 @@ def settle_huge_pages(seconds: float) -> bool:
 class _Mover:
     """A thread that moves tables to huge pages, one page after the other.
 
-    Why not in the steps: a page takes 0.5 ms, and 6 ms where a virtual machine's host must first
-    provide the memory. One page a step makes each step so much longer, for the 3,200 steps that a
-    table of 6.4 GB takes. The thread takes from steps the faults on the page that is being copied.
-    Measured on such a machine, which was never idle, on 976 MB of float32 rows of 16 with 65,536
-    entries: 99 of 100 steps took at most 14 ms while table and momentum moved, for some 14 s, and
-    17 ms without huge pages. With four other programs running these were 40 to 70 ms and 30 ms,
-    and in one of nine runs three steps took 0.8 to 1.1 s, for a reason that was not found.
+    Why not in the steps: one page a step makes each step longer by its copy, for the 3,200 steps
+    that a table of 6.4 GB takes, and much longer where a virtual machine's host must first provide
+    the memory. The thread takes from steps the faults on the page that is being copied.
 
-    Why not when the memory is created: a step that writes random rows of 3.2 GB of untouched state
-    takes 0.7 s with small pages (a fault a row), with huge ones, all of which it creates, 12 s on
-    such a machine.
+    Why not when the memory is created: a step that writes random rows of untouched state pays a
+    fault a row with small pages; with huge ones it creates, and clears, nearly all of them.
 
     It ends when no table is left of which a part is not in huge pages.
     """

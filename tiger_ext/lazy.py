@@ -177,7 +177,9 @@ def make_current(
             for fill in convert_state(group, position, changes, anew=changed):
                 fill()
             if changed:
-                group.clock.storage = ()  # not all of the group's parameters yet
+                # Not all of the group's parameters are converted yet: none that an option can ask
+                # for. Until the next step reads look at each again, and take the reference.
+                group.clock.storage = ()
         except BaseException:
             finish(changes.take_back)
             raise

@@ -1386,6 +1386,33 @@ def test_loading_refuses_int8_momenta_that_do_not_fit(fused, case):
     assert_same(opt, before)
 
 
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [(AdamW, {"second_moment": "row"}), (Lion, {"momentum_dtype": torch.int8})],
+)
+@pytest.mark.parametrize("fused", [None, False], ids=["native", "reference"])
+def test_a_frozen_groups_state_loads_where_its_clocks_had_more_rows(fused, cls, options):
+    p = Parameter(torch.ones(3, 2))
+    opt = cls([p], lr=0.1, lazy="decay", fused=fused, **options)
+    p.grad = torch.sparse_coo_tensor([[0], [1]], [1.0], (3, 2))
+    opt.step()
+    opt.flush()
+    opt.param_groups[0]["lazy"] = "frozen"
+    p.grad = torch.sparse_coo_tensor([[0]], [[1.0, 2.0]], (3, 2))
+    opt.step()
+    assert opt.state[p]["last_step"].shape == (3, 2)
+    q = Parameter(p.detach().clone())
+    loaded = cls([q], lr=0.1, fused=fused, **options)
+    loaded.load_state_dict(copy.deepcopy(opt.state_dict()))
+    for each, parameter_ in ((opt, p), (loaded, q)):
+        for lazy in ("frozen", "decay", "decay"):
+            each.param_groups[0]["lazy"] = lazy
+            parameter_.grad = torch.sparse_coo_tensor([[0]], [[1.0, 2.0]], (3, 2))
+            each.step()
+    assert same_bits(p.detach(), q.detach())
+    assert opt.state[p]["last_step"].shape == loaded.state[q]["last_step"].shape == (3,)
+
+
 def test_loading_refuses_scales_of_fewer_rows_than_clocks(fused):
     opt = int8_optimizer(fused, lazy="decay")
     saved = spoil(copy.deepcopy(opt.state_dict()), exp_avg_scale=torch.ones(3, 1))

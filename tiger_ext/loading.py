@@ -253,6 +253,7 @@ def _checked_state(
         _check_int8(where, moment, own, p, group)
         if (
             last_step is not None
+            and group["lazy"] != "frozen"  # clocks of the past otherwise
             and moment.name in own
             and own[moment.name].dim() < last_step.dim()
         ):
@@ -324,8 +325,9 @@ def _check_int8(
     """Check that an int8 moment and its scales are there together, and fit the rows' clocks."""
     if group.get("momentum_dtype") != torch.int8:
         return
-    name, last_step = scale_name(moment.name), own.get("last_step")
+    name = scale_name(moment.name)
     scale = own.get(name)
+    last_step = own.get("last_step") if group["lazy"] != "frozen" else None
     quantised = moment.name in own and own[moment.name].dtype == torch.int8
     if quantised and scale is None:
         _refuse(where, name, None, f"a tensor: {moment.name} is int8")

@@ -7,10 +7,7 @@ the state takes in the process once all of it is written.
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import math
-from pathlib import Path
 from typing import Any
 
 import harness
@@ -82,23 +79,15 @@ def race(
     return report.add(name, result, base)
 
 
-def anonymous_bytes() -> int:
-    """Return how much memory of its own the process has; what is free is given back before."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("Anonymous:"))
-
-
 def state_bytes(cls: type, rows: int, dim: int, **options: Any) -> float:
     """Return the bytes that the written state of a float32 table takes, for each row."""
     p = Parameter(torch.zeros(rows, dim))
     optimizer = cls([p], lr=1e-4, **options)
-    before = anonymous_bytes()
+    before = harness.resident()["anonymous"]
     optimizer.init_state()
     for value in optimizer.state[p].values():
         value.fill_(1)
-    return (anonymous_bytes() - before) / rows
+    return (harness.resident()["anonymous"] - before) / rows
 
 
 def verify() -> None:

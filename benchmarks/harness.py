@@ -9,6 +9,7 @@ is installed. Times mean little on shared CPUs; compare ratios of contenders tim
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import importlib.metadata
 import json
@@ -258,14 +259,33 @@ def fill_random_(tensor: Tensor, scale: float = 1.0, *, positive: bool = False) 
     return tensor
 
 
+def resident() -> dict[str, int]:
+    """Return the bytes of this process that are in memory, by kind, and the most there were.
+
+    They are counted page by page: the sums in /proc/self/status may lag behind by some pages a
+    thread. What was allocated and is free again is given back before.
+    """
+    gc.collect()
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+    rollup = _kilobytes(Path("/proc/self/smaps_rollup"))
+    status = _kilobytes(Path("/proc/self/status"))
+    anonymous = rollup["Anonymous"]
+    found = {"anonymous": anonymous, "file": rollup["Rss"] - anonymous, "peak": status["VmHWM"]}
+    return {name: value << 10 for name, value in found.items()}
+
+
+def _kilobytes(path: Path) -> dict[str, int]:
+    fields = (line.split() for line in path.read_text().splitlines())
+    return {each[0].rstrip(":"): int(each[1]) for each in fields if each[2:] == ["kB"]}
+
+
 def available_bytes() -> int:
     """Return how much memory can be allocated without swapping, once garbage is collected."""
     gc.collect()
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
+        return _kilobytes(meminfo)["MemAvailable"] << 10
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import harness
-import psutil
 import torch
 from torch.nn import Parameter
 
@@ -57,6 +56,12 @@ def timed(call: Any, *arguments: Any) -> tuple[float, Any]:
     return time.perf_counter() - start, found
 
 
+def resident_bytes() -> int:
+    """Return the bytes of this process that are in memory."""
+    found = harness.resident()
+    return found["anonymous"] + found["file"]
+
+
 def measure(rows: int, dim: int, repeats: int, folder: Path) -> dict[str, Any]:
     """Return seconds and bytes."""
     generator = torch.Generator().manual_seed(0)
@@ -68,14 +73,13 @@ def measure(rows: int, dim: int, repeats: int, folder: Path) -> dict[str, Any]:
         seconds["full"].append(timed(save_in_full, table, optimizer, full)[0])
         elapsed, since = timed(position, optimizer)
         seconds["position"].append(elapsed)
-    deltas, process = [], psutil.Process()
-    before = process.memory_info().rss
+    deltas, before = [], resident_bytes()
     for k in range(repeats):
         train(table, optimizer, rows // 100, generator)
         deltas.append(folder / f"delta{k}")
         elapsed, since = timed(save_changes, optimizer, deltas[-1], since)
         seconds["delta"].append(elapsed)
-    grown = process.memory_info().rss - before
+    grown = resident_bytes() - before
 
     copy, other = make(rows, dim, 0.2)
     saved = torch.load(full, weights_only=True, mmap=True)

@@ -47,13 +47,13 @@ class Table:
 
     def __init__(self, rows: int, args: argparse.Namespace, path: Path | None) -> None:
         """Create them, in pages that do not exist yet."""
-        before = resident()["anonymous"]
+        before = harness.resident()["anonymous"]
         self.rows, self.dim, self.path = rows, args.dim, path
         self.parameter = Parameter(empty_table(rows, args.dim, torch.bfloat16, path=path))
         cls, options = STATES[args.state]
         self.optimizer = cls([self.parameter], lr=1e-4, **options)
         self.optimizer.init_state()
-        self.bytes_after_init = resident()["anonymous"] - before
+        self.bytes_after_init = harness.resident()["anonymous"] - before
         generator = torch.Generator().manual_seed(rows)
         self.gradients = [self._gradient(args.entries, generator) for _ in range(_ROTATIONS)]
 
@@ -106,13 +106,6 @@ class Table:
         return seconds, None
 
 
-def resident() -> dict[str, int]:
-    """Return the bytes of this process that are in memory, by kind, and the most there were."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    names = {"anonymous": "RssAnon", "file": "RssFile", "peak": "VmHWM"}
-    return {name: int(lines[key].split()[0]) * 1024 for name, key in names.items()}
-
-
 def write_back(path: Path, *, forget: bool = False) -> None:
     """Have what is written of a file reach the disk, and be read from there if it is not mapped."""
     file = os.open(path, os.O_RDWR)
@@ -156,7 +149,7 @@ def measure(kind: str, folder: Path | None, args: argparse.Namespace, report: Re
     contenders = [Contender(name, table.step) for name, table in tables.items()]
     race = harness.alternate(contenders, _ROTATIONS, budget=args.budget)
     small, *_, large = tables
-    figures["bytes in memory"] = resident()
+    figures["bytes in memory"] = harness.resident()
     report.add(kind, race, small, **figures)
     if folder is not None:
         figures = report.cells[-1].figures

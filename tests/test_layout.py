@@ -23,7 +23,7 @@ ORDER = """
 _native options parameters
 rounding
 capture
-reference history tracking progress finish files
+reference history tracking progress finish files row_numbers
 clocks
 huge_pages group_step tracking_hooks
 tables

@@ -20,6 +20,7 @@ from tiger_ext.lazy import note_version
 from tiger_ext.loading import Loaded
 from tiger_ext.optimizer import MixedOptimizer
 from tiger_ext.positions import FORMAT, Position, difference, groups_of, position_of
+from tiger_ext.row_numbers import out_of_range
 
 __all__ = ["apply_changes"]
 
@@ -297,13 +298,9 @@ class _Applying:
     ) -> None:
         """Check clocks and row numbers, which kernels go by."""
         p, now = group.params[i], 0 if clock.history is None else clock.history.steps
-        dtype, ranges = torch.int32, []
-        if name == "last_step":
-            ranges = [(value, -1 - now, now)]
-        elif name == "window":
-            ranges = [(value, 0, clock.windows + 1)]
-        elif name == "window_rows":
-            dtype = torch.int64
+        if name not in ("last_step", "window", "window_rows"):
+            return
+        if name == "window_rows":
             window = entry["state"].get("window")
             dims = 0 if window is None else self._tensors[window["tensor"]].dim()
             if entry["rows"] is not None and window is not None and window["by_rows"]:
@@ -313,20 +310,15 @@ class _Applying:
                     f"{group.name(i)}: {name}: has shape {list(value.shape)}, expected "
                     f"[{dims}, entries]"
                 )
-            ranges = [(row, 0, n - 1) for row, n in zip(value, p.shape, strict=False)]
-        else:
-            return
+        dtype = torch.int64 if name == "window_rows" else torch.int32
         if value.dtype != dtype:
             raise CheckpointError(f"{group.name(i)}: {name}: has {value.dtype}, expected {dtype}")
-        for values, least, most in ranges:
-            if values.numel() == 0:
-                continue
-            low, high = (int(x) for x in values.aminmax())
-            if low < least or high > most:
-                raise CheckpointError(
-                    f"{group.name(i)}: {name}: goes from {low} to {high}, expected {least} to "
-                    f"{most}"
-                )
+        found = out_of_range(name, value, p, clock.windows + 1, now)
+        if found is not None:
+            (low, high), expected = found
+            raise CheckpointError(
+                f"{group.name(i)}: {name}: goes from {low} to {high}, expected {expected}"
+            )
 
     def write(self, optimizer: MixedOptimizer) -> None:
         """Write. May be repeated, from whatever line on."""

@@ -14,9 +14,16 @@ from torch import Tensor, nn
 
 from tiger_ext import _native
 
-__all__ = ["advise_huge_pages", "is_large", "move_to_huge_pages", "settle_huge_pages"]
+__all__ = [
+    "HUGE_PAGE",
+    "advise_huge_pages",
+    "is_large",
+    "move_to_huge_pages",
+    "settle_huge_pages",
+]
 
-_HUGE_PAGE = 2 << 20
+# Their size on Linux; they begin at its multiples.
+HUGE_PAGE = 2 << 20
 # Below this size a table's page table fits the caches.
 _LARGE_TABLE_BYTES = 32 << 20
 # How long the thread rests after a page, in times of what that took, and at least, in seconds.
@@ -174,7 +181,7 @@ class _Table:
         memory = self._begin, self._end
         hurried, self.hurry = self.hurry, False
         left, refusals = False, 0
-        for page in range(-(-self._begin // _HUGE_PAGE), self._end // _HUGE_PAGE):
+        for page in range(-(-self._begin // HUGE_PAGE), self._end // HUGE_PAGE):
             if page in self._moved:
                 continue
             start = time.perf_counter()
@@ -199,7 +206,7 @@ class _Table:
         storage = self._find()  # which is held until the page is moved, and no longer
         if storage is None or (self._begin, self._end) != memory:
             return None
-        refused: int = _native.C.move_to_huge_page(page * _HUGE_PAGE)  # type: ignore[union-attr]
+        refused: int = _native.C.move_to_huge_page(page * HUGE_PAGE)  # type: ignore[union-attr]
         if refused == 0:
             self._moved.add(page)
         return refused

@@ -177,8 +177,8 @@ def make_current(
             for fill in convert_state(group, position, changes, anew=changed):
                 fill()
             if changed:
-                # Not all of the group's parameters are converted yet: none that an option can ask
-                # for. Until the next step reads look at each again, and take the reference.
+                # Not all of the group's parameters are converted yet. No options are equal to `()`:
+                # until the next step reads look at each again, and take the reference.
                 group.clock.storage = ()
         except BaseException:
             finish(changes.take_back)

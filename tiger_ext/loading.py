@@ -28,6 +28,7 @@ from tiger_ext.options import (
 from tiger_ext.parameters import parameter_name
 from tiger_ext.reference import arithmetic_dtype
 from tiger_ext.rounding import keep_seed
+from tiger_ext.row_numbers import extremes, out_of_range
 from tiger_ext.state import clock_device, unlisted
 from tiger_ext.tables import untouched_zeros_like
 
@@ -383,7 +384,7 @@ def _integers(where: str, name: str, value: Any, p: Tensor, assign: bool) -> Ten
         return _taken(where, name, value, dtype, p.device)
     value = value.detach()
     if name != "window_rows" and value.dtype == torch.int64 and not value.is_meta:
-        low, high = _extremes(value)
+        low, high = extremes(value)
         if not -(2**31) <= low <= high < 2**31:
             _refuse(where, name, [low, high], "numbers of 32 bits")
     copy = value.to(p.device, dtype, copy=True)
@@ -409,13 +410,6 @@ def _copy(value: Tensor, device: torch.device) -> Tensor:
     return value.detach().to(device, copy=True)
 
 
-def _extremes(value: Tensor) -> tuple[int, int]:
-    if value.numel() == 0 or value.is_meta:
-        return 0, 0
-    low, high = value.aminmax()
-    return int(low), int(high)
-
-
 def _differ(window: Tensor | None, last_step: Tensor | None) -> bool:
     """Return whether both are there, and not for the same rows."""
     if window is None or last_step is None or window.dim() == 0:
@@ -426,22 +420,14 @@ def _differ(window: Tensor | None, last_step: Tensor | None) -> bool:
 def _check_rows(where: str, own: Mapping[str, Any], p: Tensor, open_window: int, now: int) -> None:
     """Check that what belongs to rows fits together, and the counters of the group."""
     window, rows, last_step = (own.get(k) for k in ("window", "window_rows", "last_step"))
-    if window is not None:
-        low, high = _extremes(window)
-        if low < 0 or high > open_window:
-            _refuse(where, "window", [low, high], f"numbers from 0 to {open_window}")
     if rows is not None and rows.numel() + rows.shape[0] > 0:
         dims = 0 if window is None else window.dim()
         if rows.shape[0] != dims:
             _refuse(where, "window_rows", list(rows.shape), f"[{dims}, entries], as window has")
-        for d in range(dims):
-            low, high = _extremes(rows[d])
-            if low < 0 or high >= max(p.shape[d], 1):
-                _refuse(where, "window_rows", [low, high], f"rows from 0 to {p.shape[d] - 1}")
-    if last_step is not None:
-        low, high = _extremes(last_step)
-        if low < -1 - now or high > now:
-            _refuse(where, "last_step", [low, high], f"clocks from {-1 - now} to {now}")
-        if window is not None and _differ(window, last_step):
-            shapes = list(last_step.shape), list(window.shape)
-            _refuse(where, "last_step", shapes[0], f"the shape of window, {shapes[1]}")
+    for name in ("window", "window_rows", "last_step"):
+        found = None if name not in own else out_of_range(name, own[name], p, open_window, now)
+        if found is not None:
+            _refuse(where, name, *found)
+    if last_step is not None and window is not None and _differ(window, last_step):
+        shapes = list(last_step.shape), list(window.shape)
+        _refuse(where, "last_step", shapes[0], f"the shape of window, {shapes[1]}")

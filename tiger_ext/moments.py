@@ -29,6 +29,7 @@ from tiger_ext.tables import untouched_zeros, untouched_zeros_like
 
 __all__ = [
     "SCALES",
+    "Where",
     "block_scales",
     "check_shapes",
     "converted",
@@ -38,6 +39,7 @@ __all__ = [
     "is_scale",
     "new_moments",
     "read_moment",
+    "read_units",
     "row_dims",
     "scale_name",
     "stored_dims",
@@ -53,7 +55,8 @@ def scale_name(moment: str) -> str:
 # The names of all scales.
 SCALES = tuple(map(scale_name, MOMENTS))
 
-_Where = tuple[Tensor, ...] | None
+# Where units are: an index for each of their dimensions; None: the whole parameter is the only one.
+Where = tuple[Tensor, ...] | None
 
 
 def is_row_wise(p: Tensor, moment: Moment, options: Mapping[str, Any]) -> bool:
@@ -209,7 +212,7 @@ def read_moment(
     moment: Moment,
     *,
     state: Mapping[str, Any],
-    where: _Where,
+    where: Where,
     factor: Tensor | None = None,
 ) -> Tensor:
     """Return units of a moment in the arithmetic dtype, to be broadcast over those of ``p``.
@@ -222,7 +225,7 @@ def read_moment(
         factor: float64, one number a unit: what skipped steps multiply it by.
     """
     stored, arithmetic = decaying(moment, state), arithmetic_dtype(p)
-    units = _read(stored, where).to(arithmetic)
+    units = read_units(stored, where).to(arithmetic)
     if factor is not None:
         each = factor.reshape(-1, *[1] * (units.dim() - 1))
         units = decayed(units, each, smallest(stored.dtype, arithmetic))
@@ -231,10 +234,11 @@ def read_moment(
         units = units.reshape(*units.shape, *[1] * (p.dim() - stored.dim()))
     else:
         units = units.flatten()[memory_order(q) // BLOCK].unsqueeze(0)
-    return units if q.dtype != torch.int8 else _read(q, where).to(arithmetic) * units
+    return units if q.dtype != torch.int8 else read_units(q, where).to(arithmetic) * units
 
 
-def _read(tensor: Tensor, where: _Where) -> Tensor:
+def read_units(tensor: Tensor, where: Where) -> Tensor:
+    """Return units of a tensor, the first dimension being theirs."""
     return tensor.unsqueeze(0) if where is None else tensor[where]
 
 
@@ -242,7 +246,7 @@ def written_moment(
     p: Tensor,
     moment: Moment,
     state: Mapping[str, Any],
-    where: _Where,
+    where: Where,
     units: Tensor,
     draws: Draws | None,
     stream: int = MOMENTUM,

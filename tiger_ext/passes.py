@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -32,10 +33,9 @@ class Pass:
         """Begin with the native step alone."""
         self.native = native
         self.on_reference: list[ReferenceUpdate] = []
-        # Most often there are none, and no list is made.
-        self.before: tuple[Callable[[], Any], ...] = ()
-        self.thawing: tuple[tuple[GroupStep, int, Tensor, Mapping[str, Any]], ...] = ()
-        self.rewritten: tuple[tuple[GroupStep, int], ...] = ()
+        self.before: deque[Callable[[], Any]] = deque()
+        self.thawing: list[tuple[GroupStep, int, Tensor, Mapping[str, Any]]] = []
+        self.rewritten: list[tuple[GroupStep, int]] = []
 
     def cancelled(self, found_inf: Tensor | None) -> bool | None:
         """Return whether AMP cancels the step; None: only a device knows."""
@@ -51,7 +51,7 @@ class Pass:
             thaw(group, position, last_step, {group.params[position]: state})
         while self.before:  # once the step is counted, rows would be brought one step further
             self.before[0]()
-            self.before = self.before[1:]
+            self.before.popleft()
         if self.native is not None:
             self.native.apply()
         if self.on_reference:

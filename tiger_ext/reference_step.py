@@ -16,10 +16,12 @@ from tiger_ext.finish import finish
 from tiger_ext.group_step import GroupStep, is_row_lazy
 from tiger_ext.history import Missed
 from tiger_ext.moments import (
+    Where,
     check_shapes,
     decaying,
     is_row_wise,
     read_moment,
+    read_units,
     stored_dims,
     written_moment,
 )
@@ -28,8 +30,6 @@ from tiger_ext.rounding import CATCH_UP, PARAMETER, Draws, counts_steps, round_t
 
 __all__ = ["ReferenceUpdate", "catch_up_on_reference"]
 
-# Where units are: an index for each of their dimensions; None: the whole parameter is the only one.
-_Where = tuple[Tensor, ...] | None
 # What is written once all of it has been computed.
 _Writes = list[Callable[[], Any]]
 _ROUNDED = (torch.bfloat16, torch.float16)  # what stochastic rounding is for
@@ -121,7 +121,7 @@ class ReferenceUpdate:
             catch_up_on_reference(group, self.position, state, state["last_step"], None)
         decays = torch.ones((grad.shape[0],), dtype=torch.bool, device=p.device)
         if group.window:
-            in_window = _read(state["window"], where).reshape(-1) == group.window
+            in_window = read_units(state["window"], where).reshape(-1) == group.window
             decays = ~in_window
             if not self.adds:  # all rows for which the window is open
                 if where is None and not bool(in_window):
@@ -149,13 +149,13 @@ class ReferenceUpdate:
             writes.append(partial(_set, state["last_step"], place, now))
         return writes
 
-    def _shrink(self, where: _Where, chosen: Tensor, ages: bool, step: int) -> _Writes:
+    def _shrink(self, where: Where, chosen: Tensor, ages: bool, step: int) -> _Writes:
         """Return what moves units with a NaN or Inf towards ``shrink_to``."""
         options, state = self.group.options, self.state
         rows = _select(where, chosen)
         if ages and rows is not None:
             catch_up_on_reference(self.group, self.position, state, state["last_step"], rows)
-        units = self._to_arithmetic(_read(self.param, rows))
+        units = self._to_arithmetic(read_units(self.param, rows))
         if rows is None:
             units = units[chosen]
         shrunk = reference.shrink(
@@ -163,10 +163,10 @@ class ReferenceUpdate:
         )
         return [self._write_param(rows, shrunk, step)]
 
-    def _current(self, where: _Where, ages: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    def _current(self, where: Where, ages: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """Return units of the parameter and its moments, rows after the steps they have skipped."""
         p, group, state = self.param, self.group, self.state
-        param = self._to_arithmetic(_read(p, where))
+        param = self._to_arithmetic(read_units(p, where))
         moments = [moment for moment in group.moments() if moment.name in state]
         read = partial(read_moment, p, state=state, where=where)
         if not ages or where is None:
@@ -182,7 +182,7 @@ class ReferenceUpdate:
 
     def _update(
         self,
-        where: _Where,
+        where: Where,
         param: Tensor,
         grad: Tensor,
         moments: Mapping[str, Tensor],
@@ -226,7 +226,7 @@ class ReferenceUpdate:
             writes.append(self._write_param(where, param, step))
         return writes
 
-    def _write_param(self, where: _Where, units: Tensor, step: int) -> Callable[[], None]:
+    def _write_param(self, where: Where, units: Tensor, step: int) -> Callable[[], None]:
         if len(units) > 0:
             draws = self.group.draws(self.position, step)
             units = _rounded(self.param, where, units, self.group, draws, PARAMETER)
@@ -234,7 +234,7 @@ class ReferenceUpdate:
 
     # A parameter is updated in units: its touched rows, or the whole of it as the only one.
 
-    def _units(self) -> tuple[_Where, Tensor]:
+    def _units(self) -> tuple[Where, Tensor]:
         """Return where the units are and their gradients ``[units, ...]``."""
         p, g = self.param, self.grad
         dtype = reference.arithmetic_dtype(p)
@@ -266,16 +266,12 @@ class ReferenceUpdate:
         return units.to(reference.arithmetic_dtype(self.param))
 
 
-def _read(tensor: Tensor, where: _Where) -> Tensor:
-    return tensor.unsqueeze(0) if where is None else tensor[where]
-
-
 def _each(units: Tensor) -> tuple[int, ...]:
     """Return the shape of one number a unit that is broadcast over ``units``."""
     return (-1, *[1] * (units.dim() - 1))
 
 
-def _write(tensor: Tensor, where: _Where, units: Tensor) -> None:
+def _write(tensor: Tensor, where: Where, units: Tensor) -> None:
     if where is not None:
         place = tensor[where]
         tensor[where] = units.reshape(place.shape).to(tensor.dtype)
@@ -285,7 +281,7 @@ def _write(tensor: Tensor, where: _Where, units: Tensor) -> None:
 
 def _rounded(
     p: Tensor,
-    where: _Where,
+    where: Where,
     units: Tensor,
     group: GroupStep,
     draws: Draws | None,
@@ -301,7 +297,7 @@ def _set(clock: Tensor, where: Any, step: int) -> None:
     clock[where] = step
 
 
-def _select(where: _Where, chosen: Tensor) -> _Where:
+def _select(where: Where, chosen: Tensor) -> Where:
     return None if where is None else tuple(index[chosen] for index in where)
 
 
@@ -310,7 +306,7 @@ def catch_up_on_reference(
     position: int,
     state: Mapping[str, Any],
     last_step: Tensor,
-    where: _Where,
+    where: Where,
     until: int | None = None,
 ) -> None:
     """Bring rows, all or those at ``where``, up to date with the group's steps so far.
@@ -343,7 +339,7 @@ def catch_up_on_reference(
 def _catch_up(
     p: Tensor,
     state: Mapping[str, Any],
-    rows: _Where,
+    rows: Where,
     since: Tensor,
     group: GroupStep,
     last_step: Tensor,
@@ -358,15 +354,15 @@ def _catch_up(
     if group.options["lazy"] == "exact":
         exp_avg = read_moment(p, moments[0], state=state, where=rows)
     arithmetic = reference.arithmetic_dtype(p)
-    param = _caught_up(_read(p, rows).to(arithmetic), missed, exp_avg)
+    param = _caught_up(read_units(p, rows).to(arithmetic), missed, exp_avg)
     # Its bits go by rows also where the parameter is the only one.
     whole = p.unsqueeze(0) if rows is None else p
     place = (torch.zeros(1, dtype=torch.int64, device=p.device),) if rows is None else rows
     param = _rounded(whole, place, param, group, draws, PARAMETER + CATCH_UP)
-    new = [(p, param), (last_step, reference.brought_to(_read(last_step, rows), now))]
+    new = [(p, param), (last_step, reference.brought_to(read_units(last_step, rows), now))]
     for moment in moments:
         stored = decaying(moment, state)
-        units = _read(stored, rows).to(arithmetic)
+        units = read_units(stored, rows).to(arithmetic)
         floor = reference.smallest(stored.dtype, arithmetic)
         factor = missed.betas[moment.beta].reshape(_each(units))
         new.append((stored, reference.decayed(units, factor, floor)))

@@ -316,7 +316,7 @@ class Step:
         )
         without_state, rest, lagging, idle, rewritten = this.native.add_group(*arguments, positions)
         if rewritten:
-            this.rewritten += tuple((group, position) for position in rewritten)
+            this.rewritten += [(group, position) for position in rewritten]
         if idle:
             look_at_idle(group, idle, self._changes)
         if without_state:
@@ -337,7 +337,7 @@ class Step:
             lagging += late
         for position in lagging:
             state = self._changes.state[group.params[position]]
-            this.before += (partial(catch_up, group, position, state, state["last_step"]),)
+            this.before.append(partial(catch_up, group, position, state, state["last_step"]))
         return rest
 
     def _add_to_reference(
@@ -353,7 +353,7 @@ class Step:
             p = group.params[position]
             python_only = group.history is not None and not group.native
             if adds and python_only and is_rewritten(group, position):
-                this.rewritten += ((group, position),)
+                this.rewritten.append((group, position))
             if adds and p.grad is None:
                 if python_only and (not p.requires_grad or "last_step" not in states.get(p, {})):
                     look_at_idle(group, [position], self._changes)
@@ -394,7 +394,7 @@ class Step:
             before = dict(self._changes.state.get(p, {}))
             self._complete_state(this, group, position)
             state = {**self._changes.state[p], **before}
-            this.thawing += ((group, position, state["last_step"], state),)
+            this.thawing.append((group, position, state["last_step"], state))
 
     def _complete_state(self, this: Pass, group: GroupStep, position: int) -> None:
         p = group.params[position]
@@ -408,8 +408,8 @@ class Step:
         fills = convert_state(group, position, self._changes)
         if old is not None and state.get("last_step") is not old:
             # The rows are divided anew.
-            this.before += (partial(catch_up, group, position, {**state, **before}, old),)
-        this.before += tuple(fills)
+            this.before.append(partial(catch_up, group, position, {**state, **before}, old))
+        this.before += fills
 
     def _convert_all(self, this: Pass, group: GroupStep) -> None:
         """Let the state be stored as an option that has been changed wants it."""
@@ -417,7 +417,7 @@ class Step:
             if p in self._changes.state:
                 with self._labelled(group, position):
                     check_shapes(p, self._changes.state[p])
-                this.before += tuple(convert_state(group, position, self._changes, anew=True))
+                this.before += convert_state(group, position, self._changes, anew=True)
 
     def _why_not_native(self, group: GroupStep, position: int) -> str:
         p, label = group.params[position], self._label(group.index, position)

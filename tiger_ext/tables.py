@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 
 from tiger_ext.files import unfinished_path
-from tiger_ext.huge_pages import advise_huge_pages
+from tiger_ext.huge_pages import HUGE_PAGE, advise_huge_pages
 from tiger_ext.options import FLOATS
 
 __all__ = ["empty_table", "shared_zeros", "untouched_zeros", "untouched_zeros_like"]
 
-# Where huge pages begin; a mapping that begins elsewhere has small pages at both ends.
-_HUGE_PAGE = 2 << 20
+# From this size on a mapping begins where a huge page does: else it has small pages at both ends.
 _WORTH_PADDING = 32 << 20
 _MOST_BYTES = 2**63 - 1
 
@@ -69,7 +68,7 @@ def empty_table(
         if not isinstance(flag, bool):
             raise ValueError(f"{name}={flag!r}: expected True or False")
     nbytes = int(rows) * int(dim) * dtype.itemsize
-    if nbytes > _MOST_BYTES - _HUGE_PAGE:
+    if nbytes > _MOST_BYTES - HUGE_PAGE:
         raise ValueError(
             f"rows={rows}, dim={dim}: a table of {nbytes} bytes, expected less than 2**63"
         )
@@ -96,9 +95,9 @@ def shared_zeros(nbytes: int) -> torch.UntypedStorage:
     padding = 0
     if nbytes >= _WORTH_PADDING:
         # The system puts the next mapping below the last one, wherever that begins.
-        probe = mmap.mmap(-1, nbytes + _HUGE_PAGE)
+        probe = mmap.mmap(-1, nbytes + HUGE_PAGE)
         start = torch.frombuffer(probe, dtype=torch.uint8).data_ptr()
-        padding = start % _HUGE_PAGE
+        padding = start % HUGE_PAGE
         probe.close()
     return torch.UntypedStorage._new_shared(nbytes + padding, device="cpu")
 
@@ -144,9 +143,9 @@ def _tensor(
 
 def _anonymous(nbytes: int) -> torch.UntypedStorage:
     # torch.zeros writes every page.
-    memory = mmap.mmap(-1, nbytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = mmap.mmap(-1, nbytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     start = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
-    whole = torch.frombuffer(memory, dtype=torch.uint8, count=nbytes, offset=-start % _HUGE_PAGE)
+    whole = torch.frombuffer(memory, dtype=torch.uint8, count=nbytes, offset=-start % HUGE_PAGE)
     return whole.untyped_storage()
 
 

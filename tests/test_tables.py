@@ -551,6 +551,22 @@ def test_loaded_state_is_in_huge_pages():
         assert asks_for_huge_pages(again.state[q]["exp_avg"])
 
 
+def test_loaded_numbers_of_rows_are_in_huge_pages(monkeypatch):
+    monkeypatch.setattr(huge_pages, "_LARGE_TABLE_BYTES", 4 << 20)
+    options = {"momentum_dtype": torch.int8, "lazy": "decay"}
+    p = Parameter(empty_table(2_000_000, 2))
+    opt = Tiger([p], **options)
+    opt.init_state()
+    again = Tiger([Parameter(p.detach())], **options)
+    again.load_state_dict(opt.state_dict())
+    (state,) = again.state.values()
+    for name in ("exp_avg_scale", "last_step"):
+        assert torch.equal(state[name], opt.state[p][name])
+        assert state[name].dtype == opt.state[p][name].dtype
+        if tiger_ext._native.C is not None and thp() != "never":
+            assert asks_for_huge_pages(state[name]), name
+
+
 def test_threads_that_create_one_file_all_get_it(tmp_path):
     with ThreadPoolExecutor(8) as pool:
         for k in range(20):

@@ -129,7 +129,7 @@ class Loaded:
     def _move_to_huge_pages(self, p: Tensor, state: Mapping[str, Any]) -> None:
         # Its first step is over. Copies are in huge pages.
         for value in (p, *state.values()) if self._assign else (p,):
-            if isinstance(value, Tensor) and value.dim() >= 2 and is_large(value):
+            if isinstance(value, Tensor) and p.dim() >= 2 and is_large(value):
                 move_to_huge_pages(value)
 
 
@@ -239,7 +239,7 @@ def _checked_state(
             if assign and name in moments:
                 own[name] = _taken(where, name, value, dtype, p.device)
             else:
-                own[name] = value if assign else _copy(value.to(dtype), p.device)
+                own[name] = value if assign else _copy(value.to(dtype), p)
         else:
             own[name] = value
     if clock.frozen.get(p, now) < clock.begins.get(p, 0):
@@ -317,7 +317,7 @@ def _scale(where: str, name: str, value: Any, p: Tensor, assign: bool) -> Tensor
     _check_readable(where, name, value, p)
     if assign:
         return _taken(where, name, value, torch.float32, p.device)
-    return _copy(value.to(torch.float32), p.device).contiguous()
+    return _copy(value.to(torch.float32), p).contiguous()
 
 
 def _check_int8(
@@ -387,8 +387,7 @@ def _integers(where: str, name: str, value: Any, p: Tensor, assign: bool) -> Ten
         low, high = extremes(value)
         if not -(2**31) <= low <= high < 2**31:
             _refuse(where, name, [low, high], "numbers of 32 bits")
-    copy = value.to(p.device, dtype, copy=True)
-    return copy.contiguous()
+    return _copy(value.to(dtype), p).contiguous()
 
 
 def _taken(where: str, name: str, value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -404,10 +403,11 @@ def _taken(where: str, name: str, value: Any, dtype: torch.dtype, device: torch.
     return value.detach() if value.requires_grad else value
 
 
-def _copy(value: Tensor, device: torch.device) -> Tensor:
-    if value.dim() >= 2 and device.type == "cpu" and is_large(value):
+def _copy(value: Tensor, p: Tensor) -> Tensor:
+    """Return a copy for the state of ``p``, in huge pages where they pay."""
+    if p.dim() >= 2 and p.device.type == "cpu" and is_large(value):
         return untouched_zeros_like(value, value.dtype, huge_pages=True).copy_(value.detach())
-    return value.detach().to(device, copy=True)
+    return value.detach().to(p.device, copy=True)
 
 
 def _differ(window: Tensor | None, last_step: Tensor | None) -> bool:

@@ -13,11 +13,10 @@ table comes from ``tiger_ext.empty_table``: zeros whose memory exists once it is
 optimizer steps on everything, Tiger on the dense weights and what ``--state`` says on the table;
 the table's gradient is sparse, so that a step costs what the batch touches.
 
-With several workers everything is shared: the table, the dense weights and the optimizer's state.
-Each worker draws batches of its own and steps when it has a gradient, without locks; a gradient may
-be some steps old by then, and of two updates of an element at once one may be lost. That is one
-rule for all weights, no exchange and no averaging, and right where the dense part is small. The
-steps of all workers together are ``--steps``, so all runs see as many tokens.
+With several workers the table and its state are shared: each worker steps on its rows when it has a
+gradient, without locks, and of two updates of an element at once one may be lost. The dense weights
+are copies, whose gradients are averaged in each step, as ``DistributedDataParallel`` does. Each
+worker takes its part of ``--batch``, so all runs take as many steps and see as many tokens.
 
 Each run is made in a process of its own, a thread a worker, and its memory is that process's (of
 several workers the sum of their shares). The learning rates are the best of three to five trials
@@ -29,10 +28,12 @@ not been made.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import multiprocessing
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -42,6 +43,7 @@ from typing import Any
 
 import corpus as corpus_module
 import torch
+import torch.distributed as dist
 import torch.multiprocessing
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -97,8 +99,8 @@ class Setting:
         dtype: of the table: "bfloat16" or "float32".
         state: a key of ``STATES``.
         rounding: of the table: "stochastic" or "nearest".
-        steps: of all workers together.
-        batch: windows a step.
+        steps: of each worker.
+        batch: windows a step, of all workers together.
         context: positions a window.
         dim: numbers a row.
         classes: tokens that the transformer tells apart: the most frequent, the last for all
@@ -288,9 +290,10 @@ def train(
     bar: bool,
 ) -> dict[str, Any]:
     """Take this worker's steps; return what they took."""
-    steps = setting.steps // setting.workers
+    steps = setting.steps
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-    batches = windows(corpus, setting, "train", seed=1000 * (setting.seed + 1) + rank)
+    own = replace(setting, batch=setting.batch // setting.workers)
+    batches = windows(corpus, own, "train", seed=1000 * (setting.seed + 1) + rank)
     optimizer_ms, step_ms = [], []
     begin = time.perf_counter()
     name = f"{setting.rows:,} rows"
@@ -298,6 +301,8 @@ def train(
         batch = next(batches)
         start = time.perf_counter()
         model.loss(batch).backward()
+        if setting.workers > 1:
+            average([p.grad for p in model.dense()], setting.workers)
         middle = time.perf_counter()
         optimizer.step()
         stop = time.perf_counter()
@@ -313,26 +318,45 @@ def train(
     }
 
 
+def average(gradients: list[Tensor], workers: int) -> None:
+    """Replace the gradients by their mean over all workers."""
+    flat = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(flat)
+    parts = flat.div_(workers).split([g.numel() for g in gradients])
+    for gradient, part in zip(gradients, parts, strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
 def work(
     rank: int,
     model: Model,
     state: dict[str, Any],
     corpus: corpus_module.Corpus,
     setting: Setting,
-    meeting: Any,
+    meeting: str,
     results: Any,
     bar: bool,
 ) -> None:
-    """Be one of several workers: ``model``, the tensors of ``state`` and the tokens are shared."""
+    """Be one of several workers: all tensors that come are shared, the dense ones to be copied."""
     torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=setting.workers)
+    parents = [p.data for p in model.dense()]
+    for p in model.dense():
+        p.data = p.data.clone()
     optimizer = make_optimizer(model, setting)
-    optimizer.load_state_dict(state, assign=True)
-    meeting.wait()  # the others have started too
+    last = len(parents)  # the table's number
+    own = {i: each if i == last else copy.deepcopy(each) for i, each in state["state"].items()}
+    optimizer.load_state_dict({**state, "state": own}, assign=True)
+    dist.barrier()  # the others have started too
     figures = train(rank, model, optimizer, corpus, setting, bar and rank == 0)
-    meeting.wait()  # all still have the shared pages
+    dist.barrier()  # all still have the shared pages
     figures["resident_bytes"] = resident_bytes()
-    meeting.wait()
+    if rank == 0:
+        for p, parent in zip(model.dense(), parents, strict=True):
+            parent.copy_(p.data)
+    dist.barrier()
     results.put(figures)
+    dist.destroy_process_group()
 
 
 def run(setting: Setting, bar: bool = False) -> dict[str, Any]:
@@ -354,17 +378,18 @@ def run(setting: Setting, bar: bool = False) -> dict[str, Any]:
     if several:
         model.share_memory()
         optimizer.share_memory()
-        context = multiprocessing.get_context("spawn")
-        meeting, results = context.Barrier(setting.workers), context.SimpleQueue()
-        shared = (model, optimizer.state_dict(), corpus, setting, meeting, results, bar)
-        torch.multiprocessing.spawn(work, shared, setting.workers)
+        results = multiprocessing.get_context("spawn").SimpleQueue()
+        with tempfile.TemporaryDirectory() as folder:
+            meeting = f"{folder}/meeting"
+            shared = (model, optimizer.state_dict(), corpus, setting, meeting, results, bar)
+            torch.multiprocessing.spawn(work, shared, setting.workers)
         figures = [results.get() for _ in range(setting.workers)]
     else:
         figures = [train(0, model, optimizer, corpus, setting, bar)]
         figures[0]["resident_bytes"] = resident_bytes()
     together = {name: [f[name] for f in figures] for name in figures[0]}
     seconds = max(together["seconds"])
-    tokens = setting.steps // setting.workers * setting.workers * setting.batch * setting.context
+    tokens = setting.steps * setting.batch * setting.context
     result = {
         **asdict(setting),
         "loss": evaluate(model, corpus, setting),
@@ -546,8 +571,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the table")
     add("--state", choices=STATES, default="int8", help="of the table (default %(default)s)")
     add("--rounding", choices=("stochastic", "nearest"), default="stochastic", help="of the table")
-    add("--steps", type=positive, default=400, help="of all workers (default %(default)s)")
-    add("--batch", type=positive, default=16, help="windows a step (default %(default)s)")
+    add("--steps", type=positive, default=400, help="of each worker (default %(default)s)")
+    add("--batch", type=positive, default=16, help="windows a step, of all (default %(default)s)")
     add("--context", type=positive, default=64, help="positions a window (default %(default)s)")
     add("--dim", type=positive, default=16, help="numbers a row (default %(default)s)")
     add("--classes", type=positive, default=2048, help="tokens that the transformer knows")
@@ -570,8 +595,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--compare-rows 0: expected a table")
     if options.state == "adagrad" and options.workers != [1]:
         parser.error("--state adagrad: expected one worker")
-    if options.steps < max(options.workers):
-        parser.error(f"--steps {options.steps}: expected a step for each worker")
+    for workers in options.workers:
+        if options.batch % workers:
+            parser.error(f"--batch {options.batch}: expected a multiple of {workers} workers")
     if options.json is None:
         name = "ngram_memory_compare.json" if options.compare else "ngram_memory.json"
         options.json = RESULTS / name

@@ -17,7 +17,7 @@ RULES = {
 }
 # (parameter and gradient, momentum): True for half precision.
 MIXTURES = ((True, True), (True, False), (False, True))
-DIMS = (1, 15, 16, 17, 40)
+DIMS = (1, 15, 16, 17, 40, 300)
 
 
 def numbers(shape, dtype, seed, *, wild=False):
@@ -95,3 +95,17 @@ def test_every_number_of_a_half_is_kept_by_a_step_that_does_nothing(half):
     number = ~p.isnan()
     assert torch.equal(number, ~every.view(half).isnan())
     assert torch.equal(p.detach().view(torch.int16)[number], every[number])
+
+
+@pytest.mark.parametrize("half", HALVES, ids=str)
+def test_halfway_between_two_numbers_the_even_one_is_taken(half):
+    last = torch.finfo(half).eps
+    low = 1 + last * torch.arange(64)
+    p = torch.nn.Parameter(torch.zeros(64, dtype=half))
+    opt = tiger_ext.Tiger([p], lr=0.01, betas=(0.5,))
+    opt.init_state()
+    opt.state[p]["exp_avg"].copy_(low)
+    p.grad = (low + last).to(half)
+    opt.step()
+    even = low + last * (torch.arange(64) % 2)
+    assert torch.equal(opt.state[p]["exp_avg"].float(), even)

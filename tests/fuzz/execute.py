@@ -166,9 +166,10 @@ class Execution:
                     if moment in state:
                         e, dtype = getattr(p, moment), group.storage(p, moment)
                         self._compare(f"after {after}", moment, name, e, dtype, current)
-                known = group.accumulation == 1 and not p.changed_by_hand
-                if not known or not group.counts:
+                if group.accumulation > 1 or not group.counts:
                     p.steps = int(state.get("step", 0))
+                elif p.changed_by_hand and "step" in state:
+                    p.steps = int(state["step"])
                 if "step" in state and int(state["step"]) != p.steps:
                     raise Failure(
                         f"after {after}: step", f"{name}: step is {state['step']}, not {p.steps}"
@@ -231,7 +232,7 @@ class Execution:
         lazy = options["rows"] is not None or group.lazy != "frozen" or group.row_wise(m)
         anything = m.changed_by_hand or waiting
         if not m.sparse_once and not anything and not (lazy and p.dim() >= 2):
-            if options.get("scale") != "rms_rows":
+            if options.get("scale") != "rms_rows" or p.dim() == 0:
                 shapes = [torch.Size(model.block_scales(p.shape))]
         elif anything:
             shapes.append(torch.Size(model.block_scales(p.shape)))

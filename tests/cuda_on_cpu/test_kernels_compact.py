@@ -326,13 +326,12 @@ def test_scaled_gradients_and_a_learning_rate_on_the_device(rule):
 
 @every_rule
 def test_bits_do_not_depend_on_the_order_in_which_blocks_run(rule):
-    if ON_GPU:
-        pytest.skip("the emulator chooses the order")
     p, q = parameter(60, 100, dtype=BF16), parameter(3000, dtype=F16)
     task = problem(rule, [p, q], [[entries(p, skewed(500, 60)), dense_grad(q)] for _ in range(2)])
     sides = []
     for seed in (1, 2):
-        emulation.seed(seed)
+        if not ON_GPU:  # which takes an order of its own each time
+            emulation.seed(seed)
         side = Side(task, DEVICE)
         for number in range(2):
             side.step(number)
